@@ -1,0 +1,134 @@
+"""The one table of weights: for every leaf of a model's params its shape, logical axes and initialiser.
+
+It drives dummy weights, the memory budget, sharding, and the converter's last check. Params are a nested dict (layers
+a tuple) of arrays; linear weights are [in, out], so that x @ w needs no transpose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm
+
+Params = Mapping[str, Any]
+"""{"embed": {"w": [V, E]}, "layers": ({"norm1", "mixer", "ffn", ...}, ...), "norm", "head", ...}"""
+
+
+class ParamSpec(NamedTuple):
+    """One weight: its shape, the logical axis of each dimension (None: never sharded), how to make it up."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Literal["normal", "ones", "zeros"] = "normal"
+
+
+def param_specs(spec: Decoder) -> dict[str, Any]:
+    """The tree of `ParamSpec` with exactly the leaves that `spec` needs; its paths are the params' paths."""
+    vocab, dim, embed = spec.vocab_size, spec.dim, spec.embed_dim
+    tree: dict[str, Any] = {
+        "embed": {"w": ParamSpec((vocab, embed), ("vocab", "embed"))},
+        "layers": tuple(_block(b, dim) for b in spec.blocks),
+    }
+    if spec.learned_positions is not None:
+        tree["positions"] = {"w": ParamSpec((spec.max_positions + spec.learned_positions, dim), (None, "embed"))}
+    if embed != dim:
+        tree["project_in"] = _linear(embed, dim, "embed", "embed", bias=False)
+        tree["project_out"] = _linear(dim, embed, "embed", "embed", bias=False)
+    if spec.norm is not None:
+        tree["norm"] = _norm(spec.norm, dim)
+    if not spec.tied_head:
+        tree["head"] = _linear(embed, vocab, "embed", "vocab", bias=spec.head_bias)
+    return tree
+
+
+def _block(block: Block, dim: int) -> dict[str, Any]:
+    norms = {
+        "serial": ("norm1", "norm2"),
+        "parallel": ("norm1", "norm2"),
+        "parallel_one_norm": ("norm1",),
+        "sandwich": ("norm1", "post1", "norm2", "post2"),
+        "post": ("norm1", "norm2"),
+    }[block.residual]
+    tree: dict[str, Any] = {name: _norm(block.norm, dim) for name in norms}
+    return tree | {"mixer": _attention(block.mixer, dim), "ffn": _mlp(block.ffn, dim)}
+
+
+def _attention(a: Attention, dim: int) -> dict[str, Any]:
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    tree: dict[str, Any] = {
+        "q": _linear(dim, q, "embed", "heads", a.qkv_bias),
+        "k": _linear(dim, kv, "embed", "kv_heads", a.qkv_bias),
+        "v": _linear(dim, kv, "embed", "kv_heads", a.qkv_bias),
+        "o": _linear(q, dim, "heads", "embed", a.out_bias),
+    }
+    if a.qk_norm is not None:
+        tree |= {"q_norm": _norm(a.qk_norm, a.head_dim, None), "k_norm": _norm(a.qk_norm, a.head_dim, None)}
+    return tree | ({"sinks": ParamSpec((a.heads,), ("heads",), "zeros")} if a.sinks else {})
+
+
+def _mlp(m: Mlp, dim: int) -> dict[str, Any]:
+    tree = {"up": _linear(dim, m.dim, "embed", "ffn", m.bias), "down": _linear(m.dim, dim, "ffn", "embed", m.bias)}
+    return tree | ({"gate": _linear(dim, m.dim, "embed", "ffn", m.bias)} if m.gated else {})
+
+
+def _linear(rows: int, cols: int, row_axis: str, col_axis: str, bias: bool) -> dict[str, ParamSpec]:
+    tree = {"w": ParamSpec((rows, cols), (row_axis, col_axis))}
+    return tree | ({"b": ParamSpec((cols,), (col_axis,), "zeros")} if bias else {})
+
+
+def _norm(norm: Norm, dim: int, axis: str | None = "embed") -> dict[str, ParamSpec]:
+    tree = {"w": ParamSpec((dim,), (axis,), "zeros" if norm.plus_one else "ones")}
+    return tree | ({"b": ParamSpec((dim,), (axis,), "zeros")} if norm.kind == "layer" else {})
+
+
+def is_param_spec(node: object) -> bool:
+    """For `jax.tree` calls over `param_specs(...)`, whose leaves are tuples themselves."""
+    return isinstance(node, ParamSpec)
+
+
+def flatten(tree: Any) -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of params or of `param_specs`, paths written `layers.0.mixer.q.w`, in the tree's own order."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param_spec):
+        yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf
+
+
+def map_specs(f: Callable[[str, ParamSpec], Any], spec: Decoder) -> dict[str, Any]:
+    """A params-shaped tree of f(path, param_spec), called leaf by leaf in the order of `flatten`."""
+    tree = param_specs(spec)
+    leaves = [f(path, leaf) for path, leaf in flatten(tree)]
+    mapped: dict[str, Any] = jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_param_spec), leaves)
+    return mapped
+
+
+def num_params(spec: Decoder) -> int:
+    """How many weights the model has, a tied head counted once."""
+    return sum(math.prod(leaf.shape) for _, leaf in flatten(param_specs(spec)))
+
+
+def dummy_params(spec: Decoder, seed: int = 0, dtype: jnp.dtype | str = jnp.float32) -> Params:
+    """Random weights of the right shapes, made on the device: for benchmarks and tests."""
+    keys = iter(jax.random.split(jax.random.key(seed), len(list(flatten(param_specs(spec))))))
+
+    def make(path: str, leaf: ParamSpec) -> jax.Array:
+        key = next(keys)
+        if leaf.init != "normal":
+            return jnp.full(leaf.shape, 1 if leaf.init == "ones" else 0, dtype)
+        return jax.random.normal(key, leaf.shape, dtype) * np.asarray(leaf.shape[0] ** -0.5, dtype)
+
+    return map_specs(make, spec)
+
+
+def check_params(spec: Decoder, params: Params) -> list[str]:
+    """One line for every missing, unexpected or mis-shaped leaf; an empty list says that `params` fit `spec`."""
+    want = {path: leaf.shape for path, leaf in flatten(param_specs(spec))}
+    have = {path: tuple(np.shape(leaf)) for path, leaf in flatten(params)}
+    problems = [f"missing {path} {want[path]}" for path in want if path not in have]
+    problems += [f"unexpected {path} {have[path]}" for path in have if path not in want]
+    problems += [f"{p} has shape {have[p]}, needs {want[p]}" for p in want if p in have and have[p] != want[p]]
+    return problems
