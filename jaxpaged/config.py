@@ -1,0 +1,75 @@
+"""How the engine runs: pages, limits, budgets. What a model is belongs to its spec, where arrays lie to the mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
+
+from jaxpaged.errors import ConfigError
+from jaxpaged.settings import Settings
+
+CacheDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class EngineConfig(Settings):
+    """Everything that steers the engine. Raises ConfigError, naming field, value and range, where one is wrong.
+
+    page_size                tokens of one KV page
+    num_pages                pages of the pool, the null page included; None: as many as the memory allows
+    memory_utilization       share of the device's memory that weights and pool may take
+    max_model_len            most tokens of one sequence, prompt and answer; None: what the model was made for
+    max_num_seqs             most sequences computed in one step
+    max_num_batched_tokens   most tokens computed in one step; None: the runner's choice for the device
+    enable_prefix_caching    reuse full pages of equal beginnings
+    seed                     for requests that bring none
+    cache_dtype              of the pool; auto: the weights' dtype
+    warmup                   compile every bucket at the start rather than when it is first met
+    compilation_cache_dir    where compiled steps are kept between runs; None: JAX's setting, else a user cache folder
+    """
+
+    error: ClassVar[type[ConfigError]] = ConfigError
+
+    page_size: int = 16
+    num_pages: int | None = None
+    memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    cache_dtype: CacheDtype = "auto"
+    warmup: bool = True
+    compilation_cache_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field, and the fields that must fit each other."""
+        self._check_int("page_size", 1, 1024)
+        self._check_float("memory_utilization", 0, 1, above=True)
+        self._check_int("max_num_seqs", 1)
+        self._check_int("seed")
+        for name, low in (("num_pages", 2), ("max_model_len", 1), ("max_num_batched_tokens", 1)):
+            if getattr(self, name) is not None:
+                self._check_int(name, low)
+        self._check_bool("enable_prefix_caching")
+        self._check_bool("warmup")
+
+        if self.page_size & (self.page_size - 1):
+            raise ConfigError(f"page_size is {self.page_size:,}; it must be a power of two, such as 16")
+        if self.cache_dtype not in get_args(CacheDtype):
+            raise ConfigError(f"cache_dtype is {self.cache_dtype!r}; known: {', '.join(get_args(CacheDtype))}")
+        if not isinstance(self.compilation_cache_dir, (str, Path, type(None))):
+            raise ConfigError(f"compilation_cache_dir is {self.compilation_cache_dir!r}; it must be a path")
+        self._check_pool_holds_one_sequence()
+
+    def _check_pool_holds_one_sequence(self) -> None:
+        if self.num_pages is None or self.max_model_len is None:
+            return
+        room = (self.num_pages - 1) * self.page_size  # page 0 is the null page
+        if room < self.max_model_len:
+            need = -(-self.max_model_len // self.page_size) + 1
+            raise ConfigError(
+                f"num_pages={self.num_pages:,} holds {room:,} tokens but max_model_len is {self.max_model_len:,}; "
+                f"raise num_pages to {need:,} or lower max_model_len to {room:,}"
+            )

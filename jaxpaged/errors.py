@@ -1,0 +1,21 @@
+"""Every error a caller may meet. `str(error)` is one line that says what is wrong, with the numbers, and what to do."""
+
+
+class JaxpagedError(Exception):
+    """The root: catch this to catch all of ours."""
+
+
+class CheckpointError(JaxpagedError):
+    """A checkpoint cannot be read or written. Has several lines only where it lists tensors."""
+
+
+class ConfigError(JaxpagedError, ValueError):
+    """The engine cannot run as configured."""
+
+
+class RequestError(JaxpagedError, ValueError):
+    """A prompt or its sampling parameters cannot be served."""
+
+
+class PoolError(JaxpagedError):
+    """The page pool was asked for what it cannot give."""

@@ -1,0 +1,142 @@
+"""How the tokens of one request are chosen and when they end. Names and defaults are vLLM's; checked once, here."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar
+
+from jaxpaged.errors import RequestError
+from jaxpaged.settings import Settings
+
+MIN_TEMPERATURE = 0.01
+"""A smaller temperature that is not 0 is raised to this, as in vLLM: logits divided by less overflow."""
+
+
+@dataclass(frozen=True)
+class SamplingParams(Settings):
+    """One request's sampling parameters. Raises RequestError, naming field, value and range, where one is wrong.
+
+    n                   completions of the prompt, each its own sequence
+    temperature         0 is greedy
+    top_k               0 or -1 keeps all
+    seed                makes the tokens repeatable: alone, in any batch, after preemption
+    stop                text that ends the completion; one string or several, stored as a tuple
+    stop_token_ids      tokens that end it besides the model's own end-of-sequence tokens
+    min_tokens          neither of them ends it before so many tokens
+    max_tokens          None: up to the model's length
+    logprobs            this many most likely tokens per step besides the sampled one; -1: the vocabulary
+    prompt_logprobs     the same for the tokens of the prompt
+    logit_bias          token id -> added to its logit
+    bad_words           texts that are never completed
+    allowed_token_ids   only these may be sampled
+    """
+
+    error: ClassVar[type[RequestError]] = RequestError
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field and store it in its one form: sequences as tuples, numbers as int or float."""
+        self._check_int("n", 1)
+        self._check_float("presence_penalty", -2, 2)
+        self._check_float("frequency_penalty", -2, 2)
+        self._check_float("repetition_penalty", 0, above=True)
+        self._check_float("temperature", 0)
+        self._check_float("top_p", 0, 1, above=True)
+        self._check_int("top_k", -1)
+        self._check_float("min_p", 0, 1)
+        self._check_int("min_tokens", 0)
+        for name, low in (("seed", None), ("max_tokens", 1), ("logprobs", -1), ("prompt_logprobs", -1)):
+            if getattr(self, name) is not None:
+                self._check_int(name, low)
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            self._check_bool(name)
+
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            self._set("temperature", MIN_TEMPERATURE)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens is {self.min_tokens:,}; it must be at most max_tokens, {self.max_tokens:,}")
+
+        self._set("stop", _texts("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
+        self._set("bad_words", _texts("bad_words", self.bad_words))
+        self._set(
+            "stop_token_ids", _token_ids("stop_token_ids", () if self.stop_token_ids is None else self.stop_token_ids)
+        )
+        if self.allowed_token_ids is not None:
+            self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise RequestError("allowed_token_ids is empty; name at least 1 token id, or leave it out")
+        if self.logit_bias is not None:
+            self._set("logit_bias", _biases(self.logit_bias))
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings need text; set detokenize=True or use stop_token_ids")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as stored: a tuple, empty where none was given."""
+        return tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        """True where the most likely token is taken and nothing is drawn."""
+        return self.temperature == 0
+
+
+def _texts(name: str, given: Iterable[str] | None) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise RequestError(f"{name} is {given!r}; it must be a list of strings")
+    texts = tuple(given)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise RequestError(f"{name} contains {text!r}; every entry must be a string of at least 1 character")
+    return texts
+
+
+def _token_ids(name: str, given: Iterable[int]) -> tuple[int, ...]:
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise RequestError(f"{name} is {given!r}; it must be a list of token ids")
+    return tuple(_token_id(name, token) for token in given)
+
+
+def _token_id(name: str, given: Any) -> int:
+    if isinstance(given, bool) or not hasattr(given, "__index__") or operator.index(given) < 0:
+        raise RequestError(f"{name} contains {given!r}; a token id is a whole number of at least 0")
+    return operator.index(given)
+
+
+def _biases(given: Any) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise RequestError(f"logit_bias is {given!r}; it must map token ids to numbers")
+    biases = {}
+    for token, bias in given.items():
+        if isinstance(bias, bool) or not isinstance(bias, Real) or not math.isfinite(bias):
+            raise RequestError(f"logit_bias of token {token!r} is {bias!r}; it must be a finite number")
+        biases[_token_id("logit_bias", token)] = float(bias)
+    return biases
