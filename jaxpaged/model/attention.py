@@ -1,0 +1,31 @@
+"""The attention half of a block: projections, q/k norm, rope. Where keys and values live is the caller's `attend`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from jaxpaged.model.linear import linear
+from jaxpaged.model.norm import normalize
+from jaxpaged.model.rope import RopeTable, rotate
+from jaxpaged.model.spec import Attention, Rope
+
+Attend = Callable[[Array, Array, Array, Attention, Array | None], Array]
+"""attend(q [T, H, D], k [T, K, D], v [T, K, D], spec, sinks [H] or None) -> [T, H, D]"""
+
+
+def mix(
+    x: Float[Array, "T M"], p: Mapping[str, Any], a: Attention, tables: Mapping[Rope, RopeTable], attend: Attend
+) -> Float[Array, "T M"]:
+    """o(attend(rope(norm(q x)), rope(norm(k x)), v x))."""
+    q = linear(x, p["q"]).reshape(-1, a.heads, a.head_dim)
+    k = linear(x, p["k"]).reshape(-1, a.kv_heads, a.head_dim)
+    v = linear(x, p["v"]).reshape(-1, a.kv_heads, a.head_dim)
+    if a.qk_norm is not None:
+        q, k = normalize(q, p["q_norm"], a.qk_norm), normalize(k, p["k_norm"], a.qk_norm)
+    if a.rope is not None:
+        q, k = rotate(q, tables[a.rope], a.rope), rotate(k, tables[a.rope], a.rope)
+    out = attend(q, k, v, a, p.get("sinks"))
+    return linear(out.reshape(-1, a.heads * a.head_dim), p["o"])
