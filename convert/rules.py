@@ -1,0 +1,156 @@
+"""Which of our leaves hold the numbers of which HF tensors, written once and used both ways.
+
+A family gives a table of names (`"layers.{i}.mixer.q": "model.layers.{i}.self_attn.q_proj"`); `rules_for` expands it
+over the leaves that a spec needs. A `Rule` reads its tensors once, also where one tensor holds several leaves, and
+undoes itself: one table loads a checkpoint, writes one and says what shape every HF tensor must have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxpaged.model.params import flatten, param_specs
+from jaxpaged.model.spec import Decoder
+
+Array = NDArray[Any]
+Transform = Callable[[Sequence[Array]], Sequence[Array]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The leaves `paths` and the HF tensors `sources` hold the same numbers.
+
+    `load` makes the leaves' arrays from the tensors' (views where it can), `store` the tensors' from the leaves'. Both
+    use shapes and array methods only, any dtype will do.
+    """
+
+    paths: tuple[str, ...]
+    sources: tuple[str, ...]
+    load: Transform
+    store: Transform
+
+
+class Module(NamedTuple):
+    """An HF module as a table's right side; its plain name will do for a torch Linear, an embedding or a norm.
+
+    Where it fuses several of our linears, all columns of the first lie along its output axis, then those of the second,
+    ...; or, where `num_heads` is given, the first head of each, then the second head of each, ... `in_out` says that its
+    weight is [in, out] (GPT-2's Conv1D) rather than torch's [out, in].
+    """
+
+    name: str
+    num_heads: int | None = None
+    in_out: bool = False
+
+
+Table = Mapping[str | tuple[str, ...], str | Module]
+"""Our module, or the modules that one HF module fuses -> HF module. `{i}` stands for every layer's number."""
+
+
+def rules_for(spec: Decoder, table: Table) -> list[Rule]:
+    """The rules for every leaf of `spec`: HF's `weight` is our `w`, `bias` is `b`. Entries for absent leaves are dropped.
+
+    Raises ValueError where the table says nothing about a leaf.
+    """
+    shapes = {path: leaf.shape for path, leaf in flatten(param_specs(spec))}
+    modules = _expand(table, len(spec.blocks))
+    rules = [rule for names, module in modules for rule in _module_rules(names, module, shapes)]
+    if uncovered := shapes.keys() - {path for rule in rules for path in rule.paths}:
+        raise ValueError(
+            f"the family's table does not say where these leaves come from: {', '.join(sorted(uncovered))}"
+        )
+    return rules
+
+
+def load_leaves(rules: Iterable[Rule], read: Callable[[str], Array]) -> Iterator[tuple[str, Array]]:
+    """(path, array) of every leaf, each HF tensor read once, when its turn comes; arrays may be views of it."""
+    for rule in rules:
+        yield from zip(rule.paths, rule.load([read(name) for name in rule.sources]), strict=True)
+
+
+def store_tensors(rules: Iterable[Rule], leaf: Callable[[str], Array]) -> Iterator[tuple[str, Array]]:
+    """(HF name, array) of every tensor, rebuilt from the leaves that `leaf(path)` gives."""
+    for rule in rules:
+        yield from zip(rule.sources, rule.store([leaf(path) for path in rule.paths]), strict=True)
+
+
+def hf_shapes(rules: Iterable[Rule], spec: Decoder) -> dict[str, tuple[int, ...]]:
+    """The shape that every HF tensor must have for `spec`."""
+    shapes = {path: leaf.shape for path, leaf in flatten(param_specs(spec))}
+    # Elements of zero bytes: the real transforms run on arrays that have shapes and no memory.
+    tensors = store_tensors(rules, lambda path: np.empty(shapes[path], "V0"))
+    return {name: tensor.shape for name, tensor in tensors}
+
+
+def copy(path: str, source: str) -> Rule:
+    """The leaf is the tensor."""
+    return Rule((path,), (source,), load=list, store=list)
+
+
+def transpose(path: str, source: str) -> Rule:
+    """A linear's weight: HF's [out, in] is our [in, out]."""
+    return Rule((path,), (source,), load=lambda xs: [xs[0].T], store=lambda xs: [xs[0].T])
+
+
+def concatenated(paths: Sequence[str], source: str, sizes: Sequence[int], *, transposed: bool) -> Rule:
+    """One tensor whose output axis is that of all `paths` in turn, `sizes` columns each (Phi-3's qkv_proj)."""
+    ends = np.cumsum(sizes)[:-1].tolist()
+
+    def load(tensors: Sequence[Array]) -> Sequence[Array]:
+        return np.split(_turned(tensors[0], transposed), ends, axis=-1)
+
+    def store(leaves: Sequence[Array]) -> Sequence[Array]:
+        return [_turned(np.concatenate(leaves, axis=-1), transposed)]
+
+    return Rule(tuple(paths), (source,), load, store)
+
+
+def interleaved(paths: Sequence[str], source: str, num_heads: int, *, transposed: bool) -> Rule:
+    """One tensor whose output axis is [num_heads, len(paths), head_dim] (GPT-NeoX's query_key_value)."""
+
+    def load(tensors: Sequence[Array]) -> Sequence[Array]:
+        fused = _turned(tensors[0], transposed)
+        heads = fused.reshape(*fused.shape[:-1], num_heads, len(paths), -1)  # [..., H, parts, D]
+        return [heads[..., j, :].reshape(*fused.shape[:-1], -1) for j in range(len(paths))]
+
+    def store(leaves: Sequence[Array]) -> Sequence[Array]:
+        head_dim = leaves[0].shape[-1] // num_heads
+        heads = np.stack([x.reshape(*x.shape[:-1], num_heads, head_dim) for x in leaves], axis=-2)  # [..., H, parts, D]
+        return [_turned(heads.reshape(*heads.shape[:-3], -1), transposed)]
+
+    return Rule(tuple(paths), (source,), load, store)
+
+
+def _turned(x: Array, transposed: bool) -> Array:
+    return x.T if transposed and x.ndim == 2 else x
+
+
+def _expand(table: Table, num_layers: int) -> Iterator[tuple[tuple[str, ...], Module]]:
+    entries = [((k,) if isinstance(k, str) else k, Module(v) if isinstance(v, str) else v) for k, v in table.items()]
+    yield from ((names, module) for names, module in entries if "{i}" not in module.name)
+    for i in range(num_layers):
+        for names, module in entries:
+            if "{i}" in module.name:
+                name = module.name.replace("{i}", str(i))
+                yield tuple(x.replace("{i}", str(i)) for x in names), module._replace(name=name)
+
+
+def _module_rules(names: Sequence[str], module: Module, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Rule]:
+    for ours, theirs in ((".w", ".weight"), (".b", ".bias"), ("", "")):
+        paths, source = [name + ours for name in names], module.name + theirs
+        if not all(path in shapes for path in paths):
+            continue
+        transposed = not module.in_out
+        if module.num_heads is not None:
+            yield interleaved(paths, source, module.num_heads, transposed=transposed)
+        elif len(paths) > 1:
+            yield concatenated(paths, source, [shapes[path][-1] for path in paths], transposed=transposed)
+        elif transposed and len(shapes[paths[0]]) == 2 and names[0] not in ("embed", "positions"):
+            yield transpose(paths[0], source)
+        else:
+            yield copy(paths[0], source)
