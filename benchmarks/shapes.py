@@ -1,0 +1,50 @@
+"""Named model shapes as their publishers' config.json gives them, for random weights: `--dummy llama-3-8b`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _llama(layers: int, dim: int, ffn: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": layers,
+        "hidden_size": dim,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    } | more
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": _llama(
+        30, 576, 1536, 9, 3, vocab_size=49152, rope_theta=1e5, tie_word_embeddings=True, max_position_embeddings=8192
+    ),
+    "llama-3.2-1b": _llama(16, 2048, 8192, 32, 8, head_dim=64, tie_word_embeddings=True),
+    "llama-3.2-3b": _llama(28, 3072, 8192, 24, 8, head_dim=128, tie_word_embeddings=True),
+    "llama-3-8b": _llama(32, 4096, 14336, 32, 8),
+    "llama-3-70b": _llama(80, 8192, 28672, 64, 8),
+    "qwen3-0.6b": _llama(
+        28,
+        1024,
+        3072,
+        16,
+        8,
+        model_type="qwen3",
+        architectures=["Qwen3ForCausalLM"],
+        head_dim=128,
+        vocab_size=151936,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        max_position_embeddings=40960,
+        attention_bias=False,
+    ),
+}
