@@ -38,9 +38,9 @@ class Rule:
 class Module(NamedTuple):
     """An HF module as a table's right side; its plain name will do for a torch Linear, an embedding or a norm.
 
-    Where it fuses several of our linears, all columns of the first lie along its output axis, then those of the second,
-    ...; or, where `num_heads` is given, the first head of each, then the second head of each, ... `in_out` says that its
-    weight is [in, out] (GPT-2's Conv1D) rather than torch's [out, in].
+    Where it fuses several of our linears, its output axis holds all columns of the first, then those of the second;
+    or, where `num_heads` is given, the first head of each, then the second head of each. `in_out` says that its weight
+    is [in, out] (GPT-2's Conv1D) rather than torch's [out, in].
     """
 
     name: str
@@ -52,8 +52,20 @@ Table = Mapping[str | tuple[str, ...], str | Module]
 """Our module, or the modules that one HF module fuses -> HF module. `{i}` stands for every layer's number."""
 
 
+def each_layer(prefix: str, modules: Table) -> dict[str | tuple[str, ...], str | Module]:
+    """Entries for every layer: keys are modules of ours within a layer, `prefix` (with `{i}`) stands before HF's names."""
+
+    def ours(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return f"layers.{{i}}.{names}" if isinstance(names, str) else tuple(f"layers.{{i}}.{name}" for name in names)
+
+    def theirs(module: str | Module) -> str | Module:
+        return prefix + module if isinstance(module, str) else module._replace(name=prefix + module.name)
+
+    return {ours(names): theirs(module) for names, module in modules.items()}
+
+
 def rules_for(spec: Decoder, table: Table) -> list[Rule]:
-    """The rules for every leaf of `spec`: HF's `weight` is our `w`, `bias` is `b`. Entries for absent leaves are dropped.
+    """The rules for every leaf of `spec`, HF's `weight` being our `w`, `bias` our `b`. Entries for absent leaves drop out.
 
     Raises ValueError where the table says nothing about a leaf.
     """

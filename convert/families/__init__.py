@@ -1,0 +1,71 @@
+"""The families of checkpoints we read, by HF `model_type`. A new one is a file here and a line in FAMILIES."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpaged.convert.families import gemma, gpt2, gpt_neox, llama, mistral, opt, phi, phi3, qwen, smollm3
+from jaxpaged.convert.rules import Rule
+from jaxpaged.errors import CheckpointError
+from jaxpaged.model.spec import Decoder
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints that share HF names.
+
+    `spec` reads a config.json, `rules` says where every leaf comes from, given the names of the checkpoint's tensors.
+    `ignored` is a pattern of names that hold no weights of the language model.
+    """
+
+    spec: Callable[[Mapping[str, Any]], Decoder]
+    rules: Callable[[Decoder, Collection[str]], list[Rule]]
+    ignored: str = r"\.rotary_emb\.inv_freq$"
+
+    def ignores(self, name: str, spec: Decoder) -> bool:
+        """Whether a tensor that no rule reads may be left where it is: buffers, and the copy of a tied embedding."""
+        return bool(re.search(self.ignored, name)) or (
+            spec.tied_head and name.endswith(("lm_head.weight", "embed_out.weight"))
+        )
+
+
+FAMILIES: dict[str, Family] = {
+    "gemma": Family(gemma.gemma_spec, llama.rules),
+    "gemma2": Family(gemma.gemma2_spec, gemma.sandwich_rules),
+    "gemma3": Family(
+        gemma.gemma3_multimodal_spec,
+        gemma.gemma3_multimodal_rules,
+        r"(^|\.)(vision_tower|multi_modal_projector)\.|\.inv_freq$",
+    ),
+    "gemma3_text": Family(gemma.gemma3_spec, gemma.sandwich_rules),
+    "gpt2": Family(gpt2.spec, gpt2.rules, r"\.attn\.(masked_)?bias$"),
+    "gpt_neox": Family(gpt_neox.spec, gpt_neox.rules, r"\.attention\.(masked_)?bias$|\.rotary_emb\.inv_freq$"),
+    "llama": Family(llama.spec, llama.rules),
+    "mistral": Family(mistral.spec, llama.rules),
+    "opt": Family(opt.spec, opt.rules),
+    "phi": Family(phi.spec, phi.rules),
+    "phi3": Family(phi3.spec, phi3.rules),
+    "qwen2": Family(qwen.qwen2_spec, llama.rules),
+    "qwen3": Family(qwen.qwen3_spec, llama.rules),
+    "smollm3": Family(smollm3.spec, llama.rules),
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of an HF config. Raises CheckpointError for an unknown `model_type` and for quantised weights."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise CheckpointError(
+            f"config.json: model_type = {config.get('model_type')!r} is not a known architecture; "
+            f"known: {', '.join(sorted(FAMILIES))}"
+        )
+    if config.get("quantization_config"):
+        method = dict(config["quantization_config"]).get("quant_method", "?")
+        raise CheckpointError(
+            f"config.json: quantization_config says that the weights are stored as {method!r}, which is not read yet; "
+            "use the checkpoint with plain weights or a .gguf file"
+        )
+    return family
