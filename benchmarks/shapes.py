@@ -24,6 +24,7 @@ def _llama(layers: int, dim: int, ffn: int, heads: int, kv_heads: int, **more: A
 
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": _llama(2, 64, 96, 4, 2, vocab_size=128, tie_word_embeddings=True, max_position_embeddings=512),
     "smollm2-135m": _llama(
         30, 576, 1536, 9, 3, vocab_size=49152, rope_theta=1e5, tie_word_embeddings=True, max_position_embeddings=8192
     ),
