@@ -1,0 +1,31 @@
+"""What the documents say is so: generated parts are up to date, links lead somewhere, the README's program runs."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def test_the_readme_lists_the_families_that_the_code_has() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "families_table.py"))
+    text = (ROOT / "README.md").read_text()
+    assert script["with_table"](text) == text, "run make table"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
+    assert not [t for t in targets if not (document.parent / t).exists()]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets_that_documents_name_exist(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"(?:`|^ {4})make ((?:[a-z-]+ ?)+)", document.read_text(), re.MULTILINE)
+    assert {word for line in named for word in line.split()} <= targets
