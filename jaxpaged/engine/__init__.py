@@ -1,0 +1,1 @@
+"""The imperative shell around the pure step: requests, pages, schedule, text."""

@@ -1,0 +1,172 @@
+"""From a plan to arrays: which bucket a step takes, and its inputs padded to that bucket's shapes. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpaged.engine.logit_edits import RowEdits
+from jaxpaged.engine.request import Sequence as TokenSequence
+from jaxpaged.engine.scheduler import Chunk, Plan
+from jaxpaged.model.sampling import Edits, SamplingInputs
+from jaxpaged.model.step import StepInputs
+
+EDITS_PER_CALL = 4096
+_SMALL_CHUNKS = 4  # chunks a step with few chunk tokens may hold
+_CHUNKS = 16
+
+
+class Bucket(NamedTuple):
+    """A padded shape of a step that has been compiled: decode rows, chunk tokens, chunks."""
+
+    num_decodes: int
+    num_chunk_tokens: int
+    num_chunks: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model computes, padding included."""
+        return self.num_decodes + self.num_chunk_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits, one for each sequence."""
+        return self.num_decodes + self.num_chunks
+
+
+def max_chunks(max_num_seqs: int) -> int:
+    """Chunks that one step holds at most."""
+    return min(_CHUNKS, max_num_seqs)
+
+
+def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
+    """The shapes worth compiling, smallest first: few, because each takes seconds to compile.
+
+    Steps that only decode come in 1, 4, 8 and doublings, up to 64, then by fours; steps with chunks have either no
+    decode row or all of them, and 64, 512, ... chunk tokens.
+    """
+    rows = {n for n in (1, 4, 8, 16, 32, 64, 256, 1024) if n < max_num_seqs} | {max_num_seqs}
+    decode = [Bucket(n, 0, 0) for n in sorted(rows)]
+    sizes = {n for n in (64, 512, 2048, 8192, 32768) if n < max_num_batched_tokens} | {max_num_batched_tokens}
+    mixed = []
+    for size in sorted(sizes):
+        chunks = min(_SMALL_CHUNKS if size <= 64 else _CHUNKS, max_num_seqs)
+        mixed += [Bucket(n, size, chunks) for n in (0, max_num_seqs)]
+    if max_num_seqs == 1:
+        mixed = [b for b in mixed if b.num_decodes == 0]
+    return sorted(decode + mixed, key=lambda b: b.num_tokens)
+
+
+def choose(plan: Plan, buckets: Sequence[Bucket]) -> Bucket:
+    """The smallest bucket that holds the plan. The scheduler's limits make sure that there is one."""
+    decodes, tokens, chunks = len(plan.decodes), plan.num_chunk_tokens, len(plan.chunks)
+    return next(b for b in buckets if b.num_decodes >= decodes and b.num_chunk_tokens >= tokens and b.num_chunks >= chunks)
+
+
+def rows_of(plan: Plan, bucket: Bucket) -> Iterator[tuple[int, Chunk]]:
+    """(row of logits, chunk) for all that is planned."""
+    yield from enumerate(plan.decodes)
+    yield from enumerate(plan.chunks, bucket.num_decodes)
+
+
+def pack(
+    plan: Plan, bucket: Bucket, feedback: Mapping[TokenSequence, int], *, max_pages: int, page_size: int, num_pages: int
+) -> StepInputs:
+    """The plan as a step's inputs. `feedback` has the row of the step before for each sequence it sampled, unread."""
+    tokens, decodes = bucket.num_tokens, bucket.num_decodes
+    token_ids = np.zeros(tokens, np.int32)
+    source = np.full(tokens, -1, np.int32)
+    positions = np.zeros(tokens, np.int32)
+    rope_lens = np.ones(tokens, np.int32)
+    slots = np.full(tokens, num_pages * page_size, np.int32)  # past the pool: dropped
+    page_table = np.zeros((decodes + bucket.num_chunks, max_pages), np.int32)
+    kv_lens = np.zeros(decodes + bucket.num_chunks, np.int32)
+    cu_q_lens = np.zeros(bucket.num_chunks + 1, np.int32)
+    logit_rows = np.concatenate([np.arange(decodes, dtype=np.int32), np.zeros(bucket.num_chunks, np.int32)])
+
+    for row, (sequence, start, _, _) in enumerate(plan.decodes):
+        page_table[row] = sequence.page_table
+        kv_lens[row] = start + 1
+        positions[row] = start
+        rope_lens[row] = max(sequence.prompt_len, start + 1)
+        if start < len(sequence.token_ids):
+            token_ids[row] = sequence.token_ids[start]
+        else:
+            source[row] = feedback[sequence]
+    count = len(plan.decodes)
+    where = positions[:count]
+    slots[:count] = page_table[np.arange(count), where // page_size] * page_size + where % page_size
+
+    at = decodes
+    for index, (sequence, start, length, _) in enumerate(plan.chunks):
+        row = decodes + index
+        page_table[row] = sequence.page_table
+        kv_lens[row] = start + length
+        where = np.arange(start, start + length, dtype=np.int32)
+        positions[at : at + length] = where
+        rope_lens[at : at + length] = np.maximum(sequence.prompt_len, where + 1)
+        slots[at : at + length] = sequence.page_table[where // page_size] * page_size + where % page_size
+        token_ids[at : at + length] = sequence.token_ids[start : start + length]
+        at += length
+        cu_q_lens[index + 1 :] = at - decodes
+        logit_rows[row] = at - 1
+    return StepInputs(
+        token_ids, source, positions, rope_lens, slots, page_table, kv_lens, cu_q_lens, logit_rows
+    )
+
+
+def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs:
+    """How each row is sampled; rows without a sequence are greedy."""
+    rows = bucket.num_rows
+    temperature = np.zeros(rows, np.float32)
+    top_k = np.full(rows, vocab_size, np.int32)
+    top_p = np.ones(rows, np.float32)
+    min_p = np.zeros(rows, np.float32)
+    seeds = np.zeros((rows, 2), np.uint32)
+    positions = np.zeros(rows, np.int32)
+    want_logprobs = False
+    for row, (sequence, start, length, samples) in rows_of(plan, bucket):
+        params = sequence.params
+        want_logprobs |= samples and params.logprobs is not None
+        if not samples or params.temperature == 0:
+            continue
+        temperature[row] = params.temperature
+        top_k[row] = params.top_k if params.top_k > 0 else vocab_size
+        top_p[row] = params.top_p
+        min_p[row] = params.min_p
+        seeds[row] = sequence.seed
+        positions[row] = start + length
+    return SamplingInputs(temperature, top_k, top_p, min_p, seeds, positions, np.asarray(want_logprobs))
+
+
+def pack_edits(edits: Mapping[int, RowEdits], num_rows: int) -> Iterator[Edits]:
+    """All rows' edits in pieces of `EDITS_PER_CALL`, the last one padded with a row past the end."""
+    if not edits:
+        return
+    rows = np.concatenate([np.full(len(e.token_ids), row, np.int32) for row, e in edits.items()])
+    tokens, factor, add = (np.concatenate(parts) for parts in zip(*edits.values(), strict=True))
+    for begin in range(0, len(rows), EDITS_PER_CALL):
+        piece = slice(begin, begin + EDITS_PER_CALL)
+        missing = EDITS_PER_CALL - len(rows[piece])
+        yield Edits(
+            np.pad(rows[piece], (0, missing), constant_values=num_rows),
+            np.pad(tokens[piece], (0, missing)),
+            np.pad(factor[piece], (0, missing), constant_values=1.0),
+            np.pad(add[piece], (0, missing)),
+        )
+
+
+def pack_allowed(plan: Plan, bucket: Bucket, vocab_size: int) -> np.ndarray | None:
+    """A bit per row and token: may it be sampled? None where every row may sample everything."""
+    limited = [(row, c.sequence.params.allowed_token_ids) for row, c in rows_of(plan, bucket) if c.samples]
+    limited = [(row, allowed) for row, allowed in limited if allowed is not None]
+    if not limited:
+        return None
+    bits = np.full((bucket.num_rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+    for row, allowed in limited:
+        ids = np.asarray(allowed, np.int64)
+        bits[row] = 0
+        np.bitwise_or.at(bits[row], ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
+    return bits

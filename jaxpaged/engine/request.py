@@ -1,0 +1,111 @@
+"""A request, what a caller asked for, and its sequences: the token ids of one completion each.
+
+Sequences are what the scheduler schedules. A sequence has `num_tokens` and `num_computed_tokens`; everything else
+(prefill, decode, chunks, preemption) follows from the distance between the two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxpaged.outputs import FinishReason, RequestMetrics, TokenLogprobs
+from jaxpaged.sampling_params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The tokens of one completion, prompt included, and the pages they lie in.
+
+    `num_pending_tokens` counts tokens that dispatched steps have sampled and the host has not read yet: they are on the
+    device, at the end of the sequence. A computed token's K/V is in the pool or will be when dispatched steps have run.
+    """
+
+    request_id: str
+    index: int
+    params: SamplingParams
+    prompt_len: int
+    token_ids: list[int]
+    max_tokens: int  # tokens to generate at most, the model's length considered
+    seed: tuple[int, int]  # two 32-bit words
+    eos_token_ids: frozenset[int] = frozenset()  # that end it; empty where they are ignored
+    bad_words: tuple[tuple[int, ...], ...] = ()  # `params.bad_words` as token ids
+    salt: bytes = b""  # sequences share pages only where their salts are equal
+    num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    num_cached_tokens: int = 0  # found in the prefix cache when first admitted
+    num_preemptions: int = 0
+    pages: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # of the full pages, as far as they are known to the pool
+    page_table: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # `pages` in an array, zeros behind
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    cumulative_logprob: float = 0.0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer, tokens not read yet included."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens that the host knows."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Generated tokens that the host knows."""
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def finished(self) -> bool:
+        """True once nothing more will be computed for it."""
+        return self.finish_reason is not None
+
+    @property
+    def awaits_tokens(self) -> bool:
+        """True while nothing may be scheduled before pending tokens are read.
+
+        Either they are the last ones it may have, or the next token's logits depend on them through the host.
+        """
+        if self.num_pending_tokens == 0:
+            return False
+        return self.num_tokens - self.prompt_len >= self.max_tokens or needs_history(self.params)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What a caller asked: a prompt, parameters, and one sequence for each of `params.n` completions."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    sequences: list[Sequence]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True once all its sequences are."""
+        return all(s.finished for s in self.sequences)
+
+
+def needs_history(params: SamplingParams) -> bool:
+    """True where a token's logits are changed on the host by the tokens before it."""
+    return bool(
+        params.bad_words
+        or params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )
+
+
+def seed_words(seed: int, index: int) -> tuple[int, int]:
+    """The random key of completion `index` of a request with this seed, as two 32-bit words."""
+    text = f"{seed}:{index}".encode()
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

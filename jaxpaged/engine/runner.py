@@ -1,0 +1,278 @@
+"""The one place where the host meets the device: owns params, cache and the compiled steps.
+
+Every function is compiled ahead of time, once per bucket, so that a call cannot compile. A step is dispatched without
+waiting for the one before: the tokens that one sampled stay on the device and are this one's input. `read` waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.engine import batch
+from jaxpaged.engine.batch import Bucket
+from jaxpaged.engine.logit_edits import row_edits
+from jaxpaged.engine.request import Sequence
+from jaxpaged.engine.scheduler import Chunk, Plan
+from jaxpaged.errors import ConfigError
+from jaxpaged.model import sampling
+from jaxpaged.model.cache import KVCache, init_cache, page_bytes
+from jaxpaged.model.params import Params, check_params
+from jaxpaged.model.sampling import Edits, Logprobs, SamplingInputs, StepOutputs
+from jaxpaged.model.spec import Decoder
+from jaxpaged.model.step import ForwardOutputs, StepInputs, forward
+
+log = logging.getLogger("jaxpaged")
+
+_PROMPT_ROWS = 64  # prompt tokens whose logprobs one call computes
+_CPU_POOL_BYTES = 4 << 30  # the CPU's memory is other programs' too: more must be asked for with num_pages
+_COMPILE_RESERVE = 0.02  # of a GPU's memory, for activations
+
+
+class PromptPart(NamedTuple):
+    """Logprobs of some prompt tokens of one chunk: those at positions start .. start + count."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    logprobs: Logprobs
+
+
+class InFlight(NamedTuple):
+    """A dispatched step: what was planned, and its results, perhaps still being computed."""
+
+    plan: Plan
+    rows: list[tuple[int, Chunk]]
+    outputs: StepOutputs
+    prompt_parts: list[PromptPart]
+    param_version: int
+
+
+class Runner:
+    """Compiles, dispatches and reads steps."""
+
+    def __init__(self, spec: Decoder, params: Params, config: EngineConfig) -> None:
+        """Take the weights and make the pool. Raises ConfigError where either does not fit."""
+        if problems := check_params(spec, params):
+            raise ConfigError("params do not fit the spec: " + "; ".join(problems))
+        self.spec = spec
+        self.params = params
+        self.param_version = 0
+        self.num_compilations = 0
+        on_cpu = jax.default_backend() == "cpu"
+        self.max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
+        self.max_num_batched_tokens = max(self.max_num_batched_tokens, config.max_num_seqs)
+        dtype = params["embed"]["w"].dtype if config.cache_dtype == "auto" else jnp.dtype(config.cache_dtype)
+        self.page_bytes = page_bytes(spec, config.page_size, dtype)
+        num_pages = config.num_pages or self._affordable_pages(config)
+        self.max_model_len = _fitting_model_len(spec, config, num_pages)
+        self.max_pages = -(-self.max_model_len // config.page_size)
+        self.cache = init_cache(spec, num_pages, config.page_size, dtype)
+        self.buckets = batch.make_buckets(config.max_num_seqs, self.max_num_batched_tokens)
+        self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
+        self._max_rows = max(b.num_rows for b in self.buckets)
+        self._nothing_sampled = jnp.zeros(self._max_rows, jnp.int32)
+        self._compiled: dict[tuple[str, int | Bucket], Callable[..., Any]] = {}
+        _use_compilation_cache(config.compilation_cache_dir)
+
+    def warm_up(self, *, show_progress: bool = True) -> None:
+        """Compile every function for every bucket, so that no later step compiles."""
+        started = time.monotonic()
+        jobs: list[Callable[[], object]] = []
+        for bucket in self.buckets:
+            jobs.append(partial(self._forward, bucket))
+            jobs += [partial(f, bucket.num_rows) for f in (self._sample, self._edit, self._restrict)]
+            if bucket.num_chunk_tokens:
+                jobs.append(partial(self._prompt_logprobs, bucket.num_tokens))
+        before = self.num_compilations
+        for job in tqdm(jobs, desc="compiling", unit="function", disable=not show_progress, leave=False):
+            job()
+        count, seconds = self.num_compilations - before, time.monotonic() - started
+        log.info("compiled %d functions for %d buckets in %.1f s", count, len(self.buckets), seconds)
+
+    def dispatch(self, plan: Plan, before: InFlight | None) -> InFlight:
+        """Start a step and return at once. `before` is the step dispatched last, if it has not been read."""
+        bucket = batch.choose(plan, self.buckets)
+        rows = list(batch.rows_of(plan, bucket))
+        feedback = {chunk.sequence: row for row, chunk in before.rows if chunk.samples} if before else {}
+        inputs = batch.pack(
+            plan,
+            bucket,
+            feedback,
+            max_pages=self.max_pages,
+            page_size=self.cache.page_size,
+            num_pages=self.cache.num_pages,
+        )
+        sampled = before.outputs.tokens if before else self._nothing_sampled
+        self.cache, (raw, hidden) = self._forward(bucket)(self.params, self.cache, inputs, sampled)
+        logits = self._edited(raw, plan, bucket)
+        outputs = self._sample(bucket.num_rows)(raw, logits, batch.pack_sampling(plan, bucket, self.spec.vocab_size))
+        return InFlight(plan, rows, outputs, self._prompt_parts(plan, bucket, hidden), self.param_version)
+
+    def read(self, step: InFlight) -> InFlight:
+        """The step with its results on the host, waited for."""
+        outputs, parts = jax.device_get((step.outputs, [p.logprobs for p in step.prompt_parts]))
+        return step._replace(
+            outputs=outputs,
+            prompt_parts=[p._replace(logprobs=lp) for p, lp in zip(step.prompt_parts, parts, strict=True)],
+        )
+
+    def _edited(self, raw: jax.Array, plan: Plan, bucket: Bucket) -> jax.Array:
+        """The logits to sample from: `raw` itself unless a sequence wants some changed."""
+        rows = batch.rows_of(plan, bucket)
+        found = {row: row_edits(chunk.sequence) for row, chunk in rows if chunk.samples}
+        edits = {row: e for row, e in found.items() if e is not None}
+        logits = raw
+        for piece in batch.pack_edits(edits, bucket.num_rows):
+            logits = self._edit(bucket.num_rows)(logits, piece)
+        allowed = batch.pack_allowed(plan, bucket, self.spec.vocab_size)
+        return logits if allowed is None else self._restrict(bucket.num_rows)(logits, allowed)
+
+    def _prompt_parts(self, plan: Plan, bucket: Bucket, hidden: jax.Array) -> list[PromptPart]:
+        """Logprobs of the prompt tokens that follow this step's tokens, where a request wants them."""
+        parts = []
+        at = bucket.num_decodes
+        places = [(row, chunk) for row, chunk in enumerate(plan.decodes)]
+        for chunk in plan.chunks:
+            places.append((at, chunk))
+            at += chunk.length
+        for first, (sequence, start, length, _) in places:
+            if sequence.params.prompt_logprobs is None:
+                continue
+            end = min(start + length, sequence.prompt_len - 1)
+            for begin in range(start, end, _PROMPT_ROWS):
+                count = min(_PROMPT_ROWS, end - begin)
+                rows, targets = np.zeros((2, _PROMPT_ROWS), np.int32)
+                rows[:count] = first + np.arange(begin - start, begin - start + count)
+                targets[:count] = sequence.token_ids[begin + 1 : begin + 1 + count]
+                found = self._prompt_logprobs(bucket.num_tokens)(self.params, hidden, rows, targets)
+                parts.append(PromptPart(sequence, begin + 1, count, found))
+        return parts
+
+    def _compile(self, key: tuple[str, int | Bucket], function: Any, *shapes: Any) -> Callable[..., Any]:
+        """The function compiled for these shapes, now or before."""
+        if key not in self._compiled:
+            self._compiled[key] = function.lower(*shapes).compile()
+            self.num_compilations += 1
+        return self._compiled[key]
+
+    def _forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, ForwardOutputs]]:
+        function = jax.jit(partial(forward, spec=self.spec), donate_argnums=1)
+        tokens, rows = bucket.num_tokens, bucket.num_rows
+        inputs = StepInputs(
+            token_ids=_shape(tokens),
+            feedback=_shape(tokens),
+            positions=_shape(tokens),
+            rope_lens=_shape(tokens),
+            slots=_shape(tokens),
+            page_table=_shape(rows, self.max_pages),
+            kv_lens=_shape(rows),
+            cu_q_lens=_shape(bucket.num_chunks + 1),
+            logit_rows=_shape(rows),
+        )
+        return self._compile(("forward", bucket), function, self.params, self.cache, inputs, self._nothing_sampled)
+
+    def _sample(self, rows: int) -> Callable[..., StepOutputs]:
+        def padded(raw: jax.Array, edited: jax.Array, inputs: SamplingInputs) -> StepOutputs:
+            """All buckets give as many tokens, so that the next step's shape does not depend on this one's."""
+            outputs = sampling.sample(raw, edited, inputs)
+            return outputs._replace(tokens=jnp.pad(outputs.tokens, (0, self._max_rows - rows)))
+
+        inputs = SamplingInputs(
+            temperature=_shape(rows, dtype=np.float32),
+            top_k=_shape(rows),
+            top_p=_shape(rows, dtype=np.float32),
+            min_p=_shape(rows, dtype=np.float32),
+            seeds=_shape(rows, 2, dtype=np.uint32),
+            positions=_shape(rows),
+            want_logprobs=_shape(dtype=np.bool_),
+        )
+        return self._compile(("sample", rows), jax.jit(padded), self._logits(rows), self._logits(rows), inputs)
+
+    def _edit(self, rows: int) -> Callable[..., jax.Array]:
+        count = batch.EDITS_PER_CALL
+        edits = Edits(_shape(count), _shape(count), _shape(count, dtype=np.float32), _shape(count, dtype=np.float32))
+        return self._compile(("edit", rows), jax.jit(sampling.edit), self._logits(rows), edits)
+
+    def _restrict(self, rows: int) -> Callable[..., jax.Array]:
+        allowed = _shape(rows, -(-self.spec.vocab_size // 32), dtype=np.uint32)
+        return self._compile(("restrict", rows), jax.jit(sampling.restrict), self._logits(rows), allowed)
+
+    def _prompt_logprobs(self, tokens: int) -> Callable[..., Logprobs]:
+        function = jax.jit(partial(sampling.prompt_logprobs, spec=self.spec))
+        hidden = jax.ShapeDtypeStruct((tokens, self.spec.dim), self.params["embed"]["w"].dtype)
+        rows = _shape(_PROMPT_ROWS)
+        return self._compile(("prompt_logprobs", tokens), function, self.params, hidden, rows, rows)
+
+    def _logits(self, rows: int) -> jax.ShapeDtypeStruct:
+        return _shape(rows, self.spec.vocab_size, dtype=np.float32)
+
+    def _affordable_pages(self, config: EngineConfig) -> int:
+        """Pages that fit the device's free memory, and no more than all sequences at full length can use."""
+        stats = jax.local_devices()[0].memory_stats()
+        if stats and "bytes_limit" in stats:
+            budget = int(stats["bytes_limit"] * (config.memory_utilization - _COMPILE_RESERVE)) - stats["bytes_in_use"]
+        else:
+            budget = min(int(_free_host_memory() * config.memory_utilization), _CPU_POOL_BYTES)
+        useful = config.max_num_seqs * -(-(config.max_model_len or self.spec.max_positions) // config.page_size) + 1
+        affordable = max(budget, 0) // self.page_bytes
+        if affordable < 2:
+            raise ConfigError(
+                f"a page takes {self.page_bytes:,} bytes but {max(budget, 0):,} are free for the pool; "
+                "raise memory_utilization, or free memory"
+            )
+        return min(affordable, useful)
+
+
+def _fitting_model_len(spec: Decoder, config: EngineConfig, num_pages: int) -> int:
+    """The longest sequence: as asked for, else what model and pool allow. Raises ConfigError where the pool is too small."""
+    room = (num_pages - 1) * config.page_size
+    if config.max_model_len is None:
+        return min(spec.max_positions, room)
+    if config.max_model_len > spec.max_positions:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len:,} but the model was made for {spec.max_positions:,} positions; "
+            "lower max_model_len"
+        )
+    if config.max_model_len > room:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len:,} but the pool's {num_pages - 1:,} pages hold {room:,} tokens; "
+            f"lower max_model_len to {room:,}, or raise num_pages or memory_utilization"
+        )
+    return config.max_model_len
+
+
+def _shape(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _free_host_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _use_compilation_cache(directory: str | Path | None) -> None:
+    """Keep compiled steps between runs, in the given folder or, unless the program has chosen one, in the user's cache."""
+    if directory is None and jax.config.jax_compilation_cache_dir is not None:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = Path(directory) if directory is not None else home / "jaxpaged" / "compiled"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)  # compiled code is code: nobody else may write it
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

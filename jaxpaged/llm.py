@@ -1,0 +1,189 @@
+"""`LLM`: a model and an engine in one object, for scripts. Loads, generates, chats, streams, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.convert.checkpoint import open_checkpoint
+from jaxpaged.convert.gguf_reader import gguf_metadata
+from jaxpaged.convert.load import LoadedModel, load
+from jaxpaged.engine.engine import Engine, OutputKind, Prompt, request_ids
+from jaxpaged.engine.tokenizer import Tokenizer, load_tokenizer
+from jaxpaged.errors import RequestError
+from jaxpaged.model.params import Params
+from jaxpaged.model.spec import Decoder
+from jaxpaged.outputs import RequestOutput
+from jaxpaged.sampling_params import SamplingParams
+
+Message = Mapping[str, Any]
+"""{"role": "user", "content": "..."}"""
+
+
+class LLM:
+    """A language model ready to generate. One thread uses it."""
+
+    def __init__(
+        self,
+        model: str | Path | tuple[Decoder, Params],
+        *,
+        tokenizer: str | Path | Tokenizer | None = None,
+        dtype: str = "auto",
+        config: EngineConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        """Load `model`: an HF or native directory, a .gguf file, a hub id, or (spec, params) already in memory.
+
+        `tokenizer` is a folder or a `Tokenizer` where the model's own is not meant; `dtype` is the weights' (auto,
+        float32, bfloat16, float16). `settings` are the fields of `EngineConfig`, which may be given whole instead.
+        Raises CheckpointError and ConfigError, each with what to do.
+        """
+        config = config or EngineConfig(**settings)
+        eos_token_ids: frozenset[int] = frozenset()
+        if isinstance(model, tuple):
+            spec, params = model
+        else:
+            loaded = load(model, dtype=dtype)
+            spec, params = loaded.spec, loaded.params
+            eos_token_ids = _eos_of(loaded.config)
+            tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(loaded)
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = load_tokenizer(tokenizer)
+        self.engine = Engine(
+            spec, params, config, tokenizer=tokenizer, eos_token_ids=tuple(eos_token_ids), show_progress=True
+        )
+        self._ids = request_ids()
+        self._inbox: dict[str, list[RequestOutput]] = {}  # outputs of requests that are being waited for
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if it came with one."""
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt (text or token ids); outputs come in the order of the prompts.
+
+        One `SamplingParams` serves all prompts, or each has its own. Raises RequestError before anything runs where one
+        of them cannot be served.
+        """
+        return self._run(_as_list(prompts), sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_variables: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, rendered with the model's chat template."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [self.encode_chat(conversation, **template_variables) for conversation in conversations]  # type: ignore[arg-type]
+        return self._run(prompts, sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, yielding what is new as it comes; closing the iterator ends the request."""
+        request_id = self._add(prompt, sampling_params, "delta")
+        try:
+            while True:
+                for output in self._inbox[request_id]:
+                    yield output
+                    if output.finished:
+                        return
+                self._inbox[request_id].clear()
+                self._step()
+        finally:
+            self._forget([request_id])
+
+    def score(self, prompts: Sequence[Prompt], *, use_tqdm: bool = True) -> list[np.ndarray]:
+        """log p(token | those before it) of every token of each prompt but the first: float32 arrays [tokens - 1]."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        scored = []
+        for output in self._run(_as_list(prompts), params, use_tqdm):
+            entries = zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)
+            scored.append(np.asarray([e[token].logprob for token, e in entries if e is not None], np.float32))
+        return scored
+
+    def encode_chat(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
+        """The token ids of a conversation, ready for the assistant's answer."""
+        if self.tokenizer is None:
+            raise RequestError("the model came without a tokenizer; give prompts to generate as token ids")
+        return self.tokenizer.encode_chat(messages, **template_variables)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self.engine.reset_prefix_cache()
+
+    def _run(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
+    ) -> list[RequestOutput]:
+        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts):,} prompts but {len(each):,} sampling_params; give one, or one for each")
+        request_ids: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        bar = tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not use_tqdm)
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                request_ids.append(self._add(prompt, own, "final"))
+            before = self.engine.stats().generation_tokens
+            while len(done) < len(prompts):
+                self._step()
+                for request_id in request_ids:
+                    if request_id not in done and self._inbox[request_id]:
+                        done[request_id] = self._inbox[request_id].pop()
+                        bar.update()
+                if not bar.disable:
+                    elapsed = bar.format_dict["elapsed"] or 1e-9
+                    rate = (self.engine.stats().generation_tokens - before) / elapsed
+                    bar.set_postfix_str(f"{rate:.0f} output tokens/s", refresh=False)
+        finally:
+            bar.close()
+            self._forget(request_ids)
+        return [done[request_id] for request_id in request_ids]
+
+    def _add(self, prompt: Prompt, params: SamplingParams | None, kind: OutputKind) -> str:
+        request_id = next(self._ids)
+        self.engine.add_request(request_id, prompt, params, output_kind=kind)
+        self._inbox[request_id] = []
+        return request_id
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            if output.request_id in self._inbox:
+                self._inbox[output.request_id].append(output)
+
+    def _forget(self, request_ids: Sequence[str]) -> None:
+        """Whatever ended the wait, nothing of these requests stays behind."""
+        for request_id in request_ids:
+            self._inbox.pop(request_id, None)
+            self.engine.abort(request_id)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def _own_tokenizer(loaded: LoadedModel) -> Tokenizer | None:
+    return load_tokenizer(gguf_metadata(loaded.path) if loaded.format == "gguf" else loaded.path)
+
+
+def _eos_of(config: Mapping[str, Any]) -> frozenset[int]:
+    """End-of-sequence ids named by the config: one, several or none."""
+    named = config.get("eos_token_id")
+    if named is None:
+        return frozenset()
+    return frozenset([named] if isinstance(named, int) else named)
