@@ -34,7 +34,6 @@ GEMMA2: Mapping[str, Any] = {
 # Complete: the published multimodal configs leave out all that equals these.
 GEMMA3: Mapping[str, Any] = {
     **GEMMA2,
-    "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -73,7 +72,7 @@ def gemma2_spec(config: Mapping[str, Any]) -> Decoder:
 
 def gemma3_spec(config: Mapping[str, Any]) -> Decoder:
     """The spec of a Gemma 3 text config: q/k norms, a rope per kind of layer, five local layers in six."""
-    c = Fields(config, GEMMA3)
+    c = Fields(config, GEMMA3).over({"attn_logit_softcapping": None})  # Gemma 2's field: there, but without effect
     decoder = _sandwich(c)
     mixer = decoder.blocks[0].mixer
     local_rope, global_rope = (rope(c, mixer.head_dim, p) for p in _gemma3_ropes(c))
