@@ -22,6 +22,22 @@ Undo = Callable[[Array], Array]
 NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
+_CLASSES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "phi": "PhiForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+
+
 class Facts:
     """The metadata of one architecture by short key, and the tensors that tell what the metadata leaves out."""
 
@@ -86,7 +102,8 @@ def gguf_config(path: object, file: GgufFile) -> Config:
         )
     if not facts.has("token_embd.weight") or len(facts.tensors["token_embd.weight"].shape) != 2:
         raise CheckpointError(f"{path} holds no matrix token_embd.weight; it is no complete language model")
-    return _common(facts) | architecture.config(facts)
+    config = _common(facts) | architecture.config(facts)
+    return config | {"architectures": [_CLASSES[config["model_type"]]]}
 
 
 def gguf_tensors(path: object, file: GgufFile, config: Config) -> dict[str, StoredTensor]:

@@ -206,6 +206,7 @@ def _no_weights(folder: Path) -> str:
     if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
         return (
             f"{folder} has only pickled weights ({', '.join(pickles)}), which can run code when read; "
-            f"convert them with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('converted')"
+            f"convert them with transformers: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('converted')"
         )
     return f"{folder} has no {SINGLE} (found {', '.join(names[:8])}); is this the checkpoint's folder?"

@@ -1,4 +1,4 @@
-"""Reading Hugging Face folders: what safetensors wrote comes back, and nothing but CheckpointError comes of bad ones."""
+"""Reading Hugging Face folders: what safetensors wrote comes back, and bad ones give CheckpointError only."""
 
 from __future__ import annotations
 

@@ -1,0 +1,151 @@
+"""A checkpoint as params: spec from its family, every tensor checked by name and shape, then read one after another.
+
+Host memory holds one HF tensor at a time beside what has been placed already; `put` decides where a leaf goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxpaged.convert.checkpoint import SPEC, Checkpoint, Format, open_checkpoint
+from jaxpaged.convert.families import family_of
+from jaxpaged.convert.rules import Rule, copy, hf_shapes, load_leaves
+from jaxpaged.convert.stored_tensor import Array
+from jaxpaged.errors import CheckpointError
+from jaxpaged.model.params import Params, ParamSpec, flatten, map_specs, param_specs
+from jaxpaged.model.spec import Decoder, from_json
+
+Put = Callable[[str, ParamSpec, Array], jax.Array]
+"""put(path, param_spec, array) places one leaf; the array may be a view of what was read."""
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+class LoadedModel(NamedTuple):
+    """A model in memory; `config` is the HF config it came with."""
+
+    spec: Decoder
+    params: Params
+    config: dict[str, Any]
+    path: Path
+    format: Format
+
+
+class Recipe(NamedTuple):
+    """How to make a model's leaves from a checkpoint's tensors; the two have been found to fit.
+
+    `unread` are the tensors that hold no weights: buffers, the copy of a tied head, a vision tower.
+    """
+
+    spec: Decoder
+    rules: Sequence[Rule]
+    unread: frozenset[str] = frozenset()
+
+
+def load(path: str | Path, *, dtype: str = "auto", put: Put | None = None) -> LoadedModel:
+    """Load a Hugging Face folder, a native folder, a GGUF file or a hub id.
+
+    `dtype` is "auto" (the checkpoint's; for quantised GGUF float32 on CPU, else bfloat16) or a name in `DTYPES`. Raises
+    CheckpointError before any weight is read where the tensors do not fit the config.
+    """
+    checkpoint = open_checkpoint(path)
+    recipe = recipe_for(checkpoint)
+    shapes = dict(flatten(param_specs(recipe.spec)))
+    place = put or (lambda path, leaf, array: jnp.asarray(array))
+    placed: dict[str, jax.Array] = {}
+    for name, array in leaves(checkpoint, recipe, resolve_dtype(dtype, checkpoint)):
+        # Waiting lets go of the host's copy before the next tensor is read.
+        placed[name] = jax.block_until_ready(place(name, shapes[name], array))
+    params = map_specs(lambda name, leaf: placed[name], recipe.spec)
+    return LoadedModel(recipe.spec, params, checkpoint.config, checkpoint.path, checkpoint.format)
+
+
+def leaves(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Iterator[tuple[str, Array]]:
+    """(path, array) of every leaf, cast to `dtype`, in the order of the recipe's rules."""
+    for path, array in load_leaves(recipe.rules, checkpoint.read):
+        yield path, array.astype(dtype, copy=False)
+
+
+def hf_rules(checkpoint: Checkpoint, recipe: Recipe) -> Sequence[Rule]:
+    """The rules between the leaves and Hugging Face's tensors, also where the checkpoint is a native one."""
+    if checkpoint.format == "native":
+        return family_of(checkpoint.config).rules(recipe.spec, ())
+    return recipe.rules
+
+
+def recipe_for(checkpoint: Checkpoint) -> Recipe:
+    """The spec and rules for a checkpoint. Raises CheckpointError that lists every tensor that does not fit."""
+    recipe = _native_recipe(checkpoint) if checkpoint.format == "native" else _family_recipe(checkpoint)
+    if problems := _misfits(checkpoint, recipe):
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(problems)} tensors do not fit the config; fetch both again, from one place:\n  "
+            + "\n  ".join(problems)
+        )
+    return recipe._replace(rules=_largest_first(recipe.rules, checkpoint))
+
+
+def resolve_dtype(name: str, checkpoint: Checkpoint) -> np.dtype[Any]:
+    """The numpy dtype meant by "auto" or by a name. Raises CheckpointError for a name we do not load as."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise CheckpointError(f"cannot load weights as {name!r}; choose auto, {', '.join(DTYPES)}")
+    stored = checkpoint.dtype
+    if stored is not None and stored in DTYPES.values():
+        return stored
+    return DTYPES["float32" if jax.default_backend() == "cpu" or stored == np.float64 else "bfloat16"]
+
+
+def _native_recipe(checkpoint: Checkpoint) -> Recipe:
+    file = checkpoint.path / SPEC
+    try:
+        spec = from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} does not describe a model ({error}); convert the checkpoint again") from error
+    return Recipe(spec, [copy(path, path) for path, _ in flatten(param_specs(spec))])
+
+
+def _family_recipe(checkpoint: Checkpoint) -> Recipe:
+    try:
+        family = family_of(checkpoint.config)
+        spec = family.spec(checkpoint.config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    unread = frozenset(name for name in checkpoint.names if family.ignores(name, spec))
+    return Recipe(spec, family.rules(spec, checkpoint.names), unread)
+
+
+def _largest_first(rules: Sequence[Rule], checkpoint: Checkpoint) -> Sequence[Rule]:
+    """What lies in memory twice, as read and as placed, is then small by the time that memory is full."""
+
+    def size(rule: Rule) -> int:
+        return sum(math.prod(checkpoint.shape(name)) for name in rule.sources)
+
+    return sorted(rules, key=size, reverse=True)
+
+
+def _misfits(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """A line for every tensor that is missing, unexpected, of another shape or not made of floats."""
+    want = hf_shapes(recipe.rules, recipe.spec)
+    have = {name: tensor for name, tensor in checkpoint.tensors.items() if name in want or name not in recipe.unread}
+    lines = [f"missing {name} {list(want[name])}" for name in want if name not in have]
+    lines += [f"unexpected {name} {list(have[name].shape)}" for name in have if name not in want]
+    for name in (name for name in want if name in have):
+        tensor = have[name]
+        if tensor.shape != want[name]:
+            lines.append(f"{name} has shape {list(tensor.shape)}, needs {list(want[name])}")
+        elif tensor.dtype is not None and not jnp.issubdtype(tensor.dtype, jnp.floating):
+            lines.append(f"{name} holds {tensor.dtype}, needs floats")
+    return lines

@@ -1,0 +1,175 @@
+"""Checkpoints on the way out: our native folder, or a Hugging Face one, whole or not at all.
+
+A native folder holds model.safetensors (the leaves under their own paths; sharded where large), spec.json (everything
+the model is), hf_config.json (the HF config it came with), and the tokenizer and generation files as they were.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpaged.convert.checkpoint import CONFIG, HF_CONFIG, SPEC, Checkpoint
+from jaxpaged.convert.load import Recipe, hf_rules, leaves
+from jaxpaged.convert.rules import hf_shapes, store_tensors
+from jaxpaged.convert.safetensors_reader import inside
+from jaxpaged.convert.safetensors_writer import MAX_SHARD_BYTES, write_folder
+from jaxpaged.convert.stored_tensor import Array
+from jaxpaged.errors import CheckpointError
+from jaxpaged.model.params import flatten, param_specs
+from jaxpaged.model.spec import to_json
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+Progress = Callable[[int], object]
+
+
+def write_native(
+    folder: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    dtype: np.dtype[Any],
+    progress: Progress,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Fill `folder` with the checkpoint in our own format."""
+    specs = dict(flatten(param_specs(recipe.spec)))
+    shapes = {path: specs[path].shape for rule in recipe.rules for path in rule.paths}
+    tensors = leaves(checkpoint, recipe, dtype)
+    metadata = {"format": "jaxpaged"}
+    write_folder(folder, shapes, dtype, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
+    (folder / SPEC).write_text(to_json(recipe.spec), encoding="utf-8")
+    _write_json(folder / HF_CONFIG, checkpoint.config)
+    _copy_side_files(checkpoint, folder)
+
+
+def write_hf(
+    folder: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    dtype: np.dtype[Any],
+    progress: Progress,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Fill `folder` with the checkpoint as transformers reads it."""
+    rules = hf_rules(checkpoint, recipe)
+    shapes = hf_shapes(rules, recipe.spec)
+    tensors: Iterator[tuple[str, Array]]
+    if checkpoint.format == "native":
+        tensors = store_tensors(rules, checkpoint.read)
+    else:
+        tensors = ((name, checkpoint.read(name)) for name in shapes)
+    metadata = {"format": "pt"}  # transformers refuses a file without it
+    write_folder(folder, shapes, dtype, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
+    old = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+    _write_json(folder / CONFIG, old | {"dtype": dtype.name})
+    _copy_side_files(checkpoint, folder)
+
+
+@contextmanager
+def new_folder(destination: Path, source: Path, *, num_bytes: int, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `destination` that takes its place if the body succeeds, and is gone if it fails.
+
+    Raises CheckpointError where the destination may not be written or has no room for `num_bytes`.
+    """
+    destination = destination.absolute()
+    _check_destination(destination, source, num_bytes, overwrite)
+    aside = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
+    try:
+        aside.mkdir()
+        yield aside
+        if destination.exists():
+            replaced = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.replaced")
+            destination.rename(replaced)
+            aside.rename(destination)
+            shutil.rmtree(replaced)
+        else:
+            aside.rename(destination)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CheckpointError(
+                f"no room for {num_bytes:,} bytes at {destination.parent} ({error.strerror}); nothing was left there: "
+                f"free some space or write elsewhere"
+            ) from error
+        raise CheckpointError(
+            f"cannot write {destination}: {error.strerror or error}; nothing was left there"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_tokenizer(
+    folder: Path,
+    tokenizer_json: str,
+    *,
+    chat_template: str | None,
+    named_tokens: Mapping[str, str],
+    eos_token_ids: Sequence[int],
+) -> None:
+    """The tokenizer files of a checkpoint that had none: one made from a GGUF's metadata."""
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    template = {"chat_template": chat_template} if chat_template is not None else {}
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", **named_tokens, **template},
+    )
+    _write_json(folder / "generation_config.json", {"eos_token_id": list(eos_token_ids)})
+
+
+def _check_destination(destination: Path, source: Path, num_bytes: int, overwrite: bool) -> None:
+    if not destination.parent.is_dir():
+        raise CheckpointError(
+            f"cannot write {destination}: the folder {destination.parent} does not exist; make it first"
+        )
+    target = destination.resolve()
+    if target == source.resolve() or target in source.resolve().parents:
+        raise CheckpointError(f"{destination} holds the source {source}; choose another destination")
+    if destination.exists():
+        if not overwrite:
+            raise CheckpointError(f"{destination} exists; choose another destination or pass --overwrite")
+        ours = destination.is_dir() and any((destination / name).exists() for name in (SPEC, CONFIG))
+        if not ours and not (destination.is_dir() and not any(destination.iterdir())):
+            raise CheckpointError(
+                f"{destination} is no checkpoint folder, so it is not overwritten; remove it yourself"
+            )
+    if (free := shutil.disk_usage(destination.parent).free) < num_bytes:
+        raise CheckpointError(
+            f"{destination.parent} has {free:,} bytes free, the checkpoint takes {num_bytes:,}; "
+            f"free some space or write elsewhere"
+        )
+
+
+def _copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
+    if checkpoint.format == "gguf":
+        return
+    for name in SIDE_FILES:
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(inside(checkpoint.path, name, checkpoint.path), folder / name)
+    generation = folder / "generation_config.json"
+    if not generation.exists():
+        # A native folder has no config.json to tell the tokenizer where an answer ends.
+        known = {key: checkpoint.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(generation, {key: value for key, value in known.items() if value is not None})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
