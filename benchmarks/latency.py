@@ -26,7 +26,7 @@ def main() -> None:
     llm = measure.build(args)
     startup = time.perf_counter() - start
     lengths = (args.batch_size, args.input_len, args.output_len)
-    works = [workloads.fixed(*lengths, llm.engine.vocab_size, seed) for seed in range(args.runs)]
+    works = [workloads.fixed(*lengths, llm.engine.spec.vocab_size, seed) for seed in range(args.runs)]
     timings = [measure.run(llm, work.requests) for work in works]
     median = sorted(range(args.runs), key=lambda i: timings[i].seconds)[args.runs // 2]
     timing, work = timings[median], works[median]

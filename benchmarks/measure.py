@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -24,6 +25,9 @@ from workloads import BenchRequest
 from jaxpaged import LLM, SamplingParams
 from jaxpaged.convert.families import FAMILIES
 from jaxpaged.model.params import dummy_params
+
+LOAD_AVERAGE = os.getloadavg()[0]
+"""Of the minute before this program: well above 0, others were at work, and the row's times are theirs too."""
 
 ENGINE_OPTIONS = ("page_size", "num_pages", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
 
@@ -116,6 +120,7 @@ def environment(llm: LLM, args: Namespace) -> dict[str, Any]:
         "commit": _commit(),
         "device": _processor() if devices[0].platform == "cpu" else devices[0].device_kind,
         "num_devices": len(devices),
+        "load_average_before": round(LOAD_AVERAGE, 2),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("jaxpaged", "jax", "jaxlib")},
         "model": args.dummy or model_path(args).name,

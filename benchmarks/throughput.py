@@ -24,7 +24,7 @@ def main() -> None:
     llm = measure.build(args)
     startup = time.perf_counter() - start
     encode = llm.tokenizer.encode if llm.tokenizer is not None else None
-    work = workloads.from_arguments(args, llm.engine.vocab_size, llm.engine.max_model_len, encode)
+    work = workloads.from_arguments(args, llm.engine.spec.vocab_size, llm.engine.max_model_len, encode)
 
     compiled = llm.engine.stats().num_compilations
     timing = measure.run(llm, work.requests)

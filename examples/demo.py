@@ -21,23 +21,23 @@ def find_model() -> Path:
 
 def main() -> None:
     """Load, ask, stream the answer, say what it took."""
-    llm = LLM(str(find_model()), max_model_len=512, max_num_seqs=4)
-    prompt = llm.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
+    llm = LLM(find_model(), max_model_len=512, max_num_seqs=4)
+    prompt = llm.encode_chat([{"role": "user", "content": QUESTION}])
 
-    print(f"\nprompt     {QUESTION}\nanswer     ", end="", flush=True)
-    start, pages_used, num_tokens = time.perf_counter(), 0, 0
+    print(f"\nprompt      {QUESTION}\nanswer      ", end="", flush=True)
+    start, pages_held, num_tokens = time.perf_counter(), 0, 0
     for delta in llm.stream(prompt, SamplingParams(temperature=0.0, max_tokens=64)):
         print(delta.outputs[0].text, end="", flush=True)
         num_tokens += len(delta.outputs[0].token_ids)
-        stats = llm.engine.stats()
-        pages_used = max(pages_used, stats.pages_total - stats.pages_free)
+        pages_held = max(pages_held, llm.engine.stats().pages_held)
     seconds = time.perf_counter() - start
 
-    slots = pages_used * llm.engine.page_size
-    held = len(prompt) + num_tokens
-    print(f"\nspeed      {num_tokens / seconds:.1f} tokens/s ({num_tokens} tokens in {seconds:.2f} s)")
-    print(f"pages used {pages_used} of {stats.pages_total}, {llm.engine.page_size} tokens each")
-    print(f"KV waste   {1 - held / slots:.0%} ({slots - held} of {slots} slots hold no token)")
+    stats = llm.engine.stats()
+    print(
+        f"\nspeed       {num_tokens / seconds:.1f} tokens/s ({num_tokens} tokens in {seconds:.2f} s, prompt included)"
+    )
+    print(f"pages used  {pages_held} of {stats.pages_total:,}, {stats.page_size} tokens each")
+    print(f"KV waste    {stats.kv_waste:.1%} of the slots in held pages had no token, over all steps")
 
 
 if __name__ == "__main__":
