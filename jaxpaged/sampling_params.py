@@ -20,19 +20,28 @@ MIN_TEMPERATURE = 0.01
 class SamplingParams(Settings):
     """One request's sampling parameters. Raises RequestError, naming field, value and range, where one is wrong.
 
-    n                   completions of the prompt, each its own sequence
-    temperature         0 is greedy
-    top_k               0 or -1 keeps all
-    seed                makes the tokens repeatable: alone, in any batch, after preemption
-    stop                text that ends the completion; one string or several, stored as a tuple
-    stop_token_ids      tokens that end it besides the model's own end-of-sequence tokens
-    min_tokens          neither of them ends it before so many tokens
-    max_tokens          None: up to the model's length
-    logprobs            this many most likely tokens per step besides the sampled one; -1: the vocabulary
-    prompt_logprobs     the same for the tokens of the prompt
-    logit_bias          token id -> added to its logit
-    bad_words           texts that are never completed
-    allowed_token_ids   only these may be sampled
+    n                           completions of the prompt, each its own sequence
+    presence_penalty            taken once from the logit of every token generated before
+    frequency_penalty           taken from a token's logit as often as it was generated before
+    repetition_penalty          above 1 makes tokens of prompt and answer less likely, below 1 more
+    temperature                 the logits are divided by it; 0 is greedy
+    top_p                       keep the fewest tokens whose probabilities reach this sum
+    top_k                       keep this many most likely tokens; 0 or -1 keeps all
+    min_p                       keep tokens at least this fraction as likely as the most likely one
+    seed                        makes the tokens repeatable: alone, in any batch, after preemption
+    stop                        text that ends the completion; one string or several, stored as a tuple
+    stop_token_ids              tokens that end it besides the model's own end-of-sequence tokens
+    bad_words                   texts that are never completed
+    ignore_eos                  go on past the model's end-of-sequence tokens
+    max_tokens                  most tokens to generate; None: up to the model's length
+    min_tokens                  no stop string and no stop token ends the completion before so many tokens
+    logprobs                    give the log probabilities of the sampled and so many most likely tokens; -1: of all
+    prompt_logprobs             the same for the tokens of the prompt
+    detokenize                  give text, not only token ids
+    skip_special_tokens         leave special tokens out of the text
+    include_stop_str_in_output  leave the stop string in the text
+    logit_bias                  token id -> added to its logit
+    allowed_token_ids           only these may be sampled
     """
 
     error: ClassVar[type[RequestError]] = RequestError

@@ -1,0 +1,99 @@
+"""Flags made from the settings themselves: a field's name, type and default, and its line in the class's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+import typing
+from collections.abc import Collection, Sequence
+from dataclasses import Field, fields
+from typing import Any
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.settings import Settings
+
+ALIASES = {
+    "memory_utilization": "--gpu-memory-utilization",
+    "page_size": "--block-size",
+    "cache_dtype": "--kv-cache-dtype",
+}
+"""What vLLM calls the same flag."""
+
+NO_FLAGS = {"detokenize", "logit_bias"}  # of no use in a terminal; `seed` is the engine's
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model and how it runs."""
+    parser.add_argument("model", help="a Hugging Face folder, a native folder, a .gguf file or a hub id")
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--tokenizer", default=argparse.SUPPRESS, help="a folder with another tokenizer than the model's"
+    )
+    group.add_argument(
+        "--dtype",
+        default=argparse.SUPPRESS,
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights (default: auto, as in the checkpoint)",
+    )
+    _add_fields(group, EngineConfig, fields(EngineConfig))
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    """How tokens are chosen. What belongs to the command itself is left out."""
+    wanted = [f for f in _sampling_fields() if f.name not in leave_out]
+    _add_fields(parser.add_argument_group("sampling"), SamplingParams, wanted)
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of LLM's keyword arguments; the rest stays at its defaults."""
+    return _given(args, ["tokenizer", "dtype", *(f.name for f in fields(EngineConfig))])
+
+
+def sampling_params(args: argparse.Namespace, **defaults: Any) -> SamplingParams:
+    """The parameters given, the command's own defaults, then SamplingParams'. Raises RequestError."""
+    return SamplingParams(**(defaults | _given(args, [f.name for f in _sampling_fields()])))
+
+
+def field_help(settings: type[Settings]) -> dict[str, str]:
+    """Field -> its line in the docstring's table."""
+    return dict(re.findall(r"^    (\w+) {2,}(\S.*)$", settings.__doc__ or "", re.MULTILINE))
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def _sampling_fields() -> list[Field[Any]]:
+    return [f for f in fields(SamplingParams) if f.name not in NO_FLAGS | {"seed"}]
+
+
+def _add_fields(group: Any, settings: type[Settings], wanted: Sequence[Field[Any]]) -> None:
+    hints, helps = typing.get_type_hints(settings), field_help(settings)
+    for field in wanted:
+        flags = ["--" + field.name.replace("_", "-")]
+        if field.name in ALIASES:
+            flags.append(ALIASES[field.name])
+        default = "" if field.default is None else f" (default: {field.default})"
+        text = (helps.get(field.name, "") + default).replace("%", "%%")
+        group.add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, help=text, **_kind(hints[field.name]))
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """argparse's keywords for a field's type; a sequence is a flag that may be given several times."""
+    options = [h for h in typing.get_args(hint) if h is not types.NoneType] if _is_union(hint) else [hint]
+    for option in options:
+        if typing.get_origin(option) is Sequence:
+            (element,) = typing.get_args(option)
+            return {"action": "append", "type": element, "metavar": element.__name__.upper()}
+    (kind, *_) = options
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
+    return {"type": kind, "metavar": {int: "INT", float: "FLOAT"}.get(kind, "TEXT")}
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)

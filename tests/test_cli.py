@@ -1,0 +1,254 @@
+"""The command line: what it prints, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import signal
+import sys
+
+import pytest
+from tiny_chat_model import write_chat_model
+
+from jaxpaged import LLM, EngineConfig, SamplingParams
+from jaxpaged.__main__ import main
+from jaxpaged.cli.chat import Chat
+from jaxpaged.cli.options import field_help
+
+SMALL = ["--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--num-pages", "64", "--temperature", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_chat_model(tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return LLM(folder, max_num_seqs=4, max_num_batched_tokens=32, num_pages=64)
+
+
+@pytest.fixture
+def jaxpaged(capsys, monkeypatch):
+    """Runs a command in this process: (exit status, standard output, standard error)."""
+
+    def run(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            status = main([str(arg) for arg in argv])
+        except SystemExit as leave:
+            status = leave.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def greedy(llm, prompt, **params):
+    (output,) = llm.generate(prompt, SamplingParams(temperature=0, **params), use_tqdm=False)
+    return output.outputs[0]
+
+
+# generate
+
+
+def test_one_prompt_prints_its_completion(jaxpaged, folder, llm):
+    status, out, _ = jaxpaged("generate", folder, "banana", *SMALL, "--max-tokens", 6)
+    assert (status, out) == (0, greedy(llm, "banana", max_tokens=6).text + "\n")
+
+
+def test_several_prompts_print_each_below_its_prompt(jaxpaged, folder, llm):
+    status, out, _ = jaxpaged("generate", folder, "ban", "123", *SMALL, "--max-tokens", 4)
+    parts = [f"> {p}\n{greedy(llm, p, max_tokens=4).text}\n\n" for p in ("ban", "123")]
+    assert (status, out) == (0, "".join(parts))
+
+
+@pytest.mark.parametrize("source", ["arguments", "file", "jsonl", "stdin"])
+def test_prompts_come_from_everywhere(jaxpaged, folder, llm, tmp_path, source):
+    prompts, given, stdin = ["ban", "an 12"], [], ""
+    match source:
+        case "arguments":
+            given = prompts
+        case "file":
+            (tmp_path / "prompts.txt").write_text("ban\n\nan 12\n")
+            given = ["--file", tmp_path / "prompts.txt"]
+        case "jsonl":
+            lines = ['{"prompt": "ban", "id": 7}', json.dumps(llm.tokenizer.encode("an 12"))]
+            (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+            given = ["--file", tmp_path / "prompts.jsonl"]
+        case "stdin":
+            stdin = "ban\nan 12\n"
+    status, out, _ = jaxpaged("generate", folder, *given, *SMALL, "--json", "--max-tokens", 3, stdin=stdin)
+    texts = [json.loads(line)["outputs"][0]["text"] for line in out.splitlines()]
+    assert (status, texts) == (0, [greedy(llm, p, max_tokens=3).text for p in prompts])
+
+
+def test_json_holds_what_the_output_holds(jaxpaged, folder, llm):
+    _, out, _ = jaxpaged("generate", folder, "ban", *SMALL, "--json", "--n", 2, "--max-tokens", 2, "--logprobs", 1)
+    values = json.loads(out)
+    expected = greedy(llm, "ban", max_tokens=2, logprobs=1)
+    assert values["prompt_token_ids"] == llm.tokenizer.encode("ban")
+    assert [completion["index"] for completion in values["outputs"]] == [0, 1]
+    completion = values["outputs"][0]
+    assert (completion["token_ids"], completion["finish_reason"]) == (expected.token_ids, "length")
+    token = expected.token_ids[0]
+    assert completion["logprobs"][0][str(token)]["decoded_token"] == llm.tokenizer.token_text(token)
+
+
+def test_chat_flag_renders_the_template(jaxpaged, folder, llm):
+    _, out, _ = jaxpaged("generate", folder, "ban", *SMALL, "--chat", "--json", "--max-tokens", 2)
+    assert json.loads(out)["prompt_token_ids"] == llm.tokenizer.encode("user:ban\nassistant:")
+
+
+def test_flags_reach_the_sampling_parameters(jaxpaged, folder, llm):
+    first = greedy(llm, "ban", max_tokens=1)
+    _, out, _ = jaxpaged("generate", folder, "ban", *SMALL, "--json", "--stop-token-ids", first.token_ids[0])
+    completion = json.loads(out)["outputs"][0]
+    assert (completion["finish_reason"], completion["stop_reason"]) == ("stop", first.token_ids[0])
+
+
+# Refusals
+
+REFUSED = [
+    ([], "the following arguments are required: COMMAND"),
+    (["generte"], "invalid choice: 'generte'"),
+    (["generate"], "the following arguments are required: model"),
+    (["generate", "MODEL", "x", "--n", "two"], "argument --n: invalid int value: 'two'"),
+    (["generate", "MODEL", "x", "--top-p", "3"], "top_p is 3; it must be a finite number above 0 and at most 1"),
+    (["generate", "MODEL", "x", "--page-size", "12"], "page_size is 12; it must be a power of two"),
+    (["generate", "MODEL", "x", "--file", "y"], "1 prompts and --file y were given"),
+    (["generate", "MODEL", "--file", "/no/such/file"], "/no/such/file: No such file or directory"),
+    (["generate", "MODEL"], "standard input has no prompt"),
+    (["generate", "/no/such/model", "x"], "/no/such/model does not exist"),
+    (["generate", "MODEL", "a" * 200, *SMALL], "the prompt has 200 tokens but max_model_len is 128"),
+    (["chat", "/no/such/model"], "/no/such/model does not exist"),
+    (["convert", "/no/such/model", "/no/such/folder"], "/no/such/model does not exist"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_every_failure_is_one_line_and_status_2(jaxpaged, folder, argv, message):
+    status, out, err = jaxpaged(*[folder if arg == "MODEL" else arg for arg in argv])
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and out == ""
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("line", ["{", "3", '{"text": "x"}', '["a"]'])
+def test_wrong_line_of_a_prompt_file_is_named(jaxpaged, folder, tmp_path, line):
+    (tmp_path / "p.jsonl").write_text(f'"fine"\n{line}\n')
+    status, _, err = jaxpaged("generate", folder, "--file", tmp_path / "p.jsonl")
+    assert status == 2 and "p.jsonl, line 2 " in err
+
+
+def test_chat_needs_a_template(jaxpaged, folder, tmp_path):
+    for path in folder.iterdir():
+        if path.name != "tokenizer_config.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    status, _, err = jaxpaged("chat", tmp_path, *SMALL)
+    assert status == 2 and "has no chat template; use `jaxpaged generate`" in err
+
+
+def test_a_defect_of_ours_is_one_line_too(jaxpaged, monkeypatch):
+    monkeypatch.setattr("jaxpaged.cli.generate.run", lambda args: 1 / 0)
+    status, _, err = jaxpaged("generate", "m", "x")
+    assert (status, err) == (2, "error: ZeroDivisionError: division by zero; JAXPAGED_DEBUG=1 shows where\n")
+    monkeypatch.setenv("JAXPAGED_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        jaxpaged("generate", "m", "x")
+
+
+# chat
+
+
+def test_conversation_is_remembered_until_reset(jaxpaged, folder, llm):
+    lines = ["ban", "123", "/reset", "ban", "/system be brief", "ban", "/nonsense", "/exit", "never read"]
+    status, out, _ = jaxpaged("chat", folder, *SMALL, "--max-tokens", 4, stdin="\n".join(lines))
+
+    def reply(text):
+        return greedy(llm, text, max_tokens=4).text
+
+    first = reply("user:ban\nassistant:")
+    second = reply(f"user:ban\nassistant:{first}\nuser:123\nassistant:")
+    instructed = reply("system:be brief\nuser:ban\nassistant:")
+    assert status == 0
+    help_line = out.splitlines()[0]
+    answers = out.removeprefix(help_line + "\n").split("\n> ")
+    assert [a.rstrip("\n") for a in answers if a] == [
+        *(first.rstrip("\n"), second.rstrip("\n")),
+        *(first.rstrip("\n"), instructed.rstrip("\n")),
+        help_line,
+    ]
+
+
+def test_end_of_input_leaves(jaxpaged, folder):
+    status, out, _ = jaxpaged("chat", folder, *SMALL, stdin="")
+    assert status == 0 and out.endswith("> \n")
+
+
+def test_stats_count_the_tokens(llm, capsys):
+    chat = Chat(llm, SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), show_stats=True)
+    chat.take("ban")
+    last = capsys.readouterr().out.splitlines()[-1]
+    num_prompt = len(llm.tokenizer.encode("user:ban\nassistant:"))
+    assert re.fullmatch(
+        rf"\[prompt {num_prompt} tokens, \d+ of them cached; first token after [\d.]+ s; 5 tokens, [\d.]+ tokens/s\]",
+        last,
+    )
+
+
+def interrupt_after(llm, monkeypatch, num_deltas, times=1):
+    stream = llm.stream
+
+    def interrupted(prompt, params):
+        for number, delta in enumerate(stream(prompt, params), 1):
+            if number == num_deltas:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            yield delta
+
+    monkeypatch.setattr(llm, "stream", interrupted)
+
+
+def test_interrupt_stops_the_answer_and_keeps_what_was_said(llm, monkeypatch, capsys):
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    whole = greedy(llm, "user:ban\nassistant:", max_tokens=50, ignore_eos=True).text
+    interrupt_after(llm, monkeypatch, 3)
+    chat = Chat(llm, params)
+    assert chat.take("ban")
+    said = chat.messages[-1]["content"]
+    assert whole.startswith(said) and len(said) < len(whole)
+    assert capsys.readouterr().out == f"{said} [stopped]\n"
+    assert llm.engine.stats().num_running == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_second_interrupt_leaves(llm, monkeypatch):
+    interrupt_after(llm, monkeypatch, 2, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        Chat(llm, SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)).take("ban")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_message_that_does_not_fit_is_refused_and_forgotten(llm, capsys):
+    chat = Chat(llm, SamplingParams(temperature=0, max_tokens=2), "brief")
+    assert chat.take("a" * 200)
+    assert "tokens but max_model_len is 128" in capsys.readouterr().err
+    assert chat.messages == [{"role": "system", "content": "brief"}]
+
+
+# Help
+
+
+@pytest.mark.parametrize("settings", [SamplingParams, EngineConfig])
+def test_every_field_has_its_line_of_help(settings):
+    assert set(field_help(settings)) == {f.name for f in dataclasses.fields(settings)}
+
+
+@pytest.mark.parametrize("flag", ["--max-model-len", "--gpu-memory-utilization", "--kv-cache-dtype", "--no-warmup"])
+def test_vllms_flags_are_known(jaxpaged, flag):
+    status, out, _ = jaxpaged("generate", "--help")
+    assert status == 0 and flag in out
