@@ -43,7 +43,7 @@ def main() -> None:
         row["baseline"] = baseline.setting() | {
             "output_tokens_per_s": round(result.output_tokens_per_s, 2),
             "ratio": round(row["output_tokens_per_s"] / result.output_tokens_per_s, 2),
-            "requests_with_equal_tokens": sum(a == b for a, b in zip(result.token_ids, timing.token_ids, strict=True)),
+            "requests_with_equal_tokens": baseline.num_equal(result.token_ids, timing.token_ids),
         }
     measure.write(row, args.output)
 

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from real_model import smollm2_gguf
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -29,3 +30,11 @@ def test_make_targets_that_documents_name_exist(document: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = re.findall(r"(?:`|^ {4})make ((?:[a-z-]+ ?)+)", document.read_text(), re.MULTILINE)
     assert {word for line in named for word in line.split()} <= targets
+
+
+@pytest.mark.slow
+def test_the_readme_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert program.count("path/to/model") == 1
+    exec(compile(program.replace("path/to/model", str(smollm2_gguf())), "README.md", "exec"), {})
+    assert "The capital of France is" in capsys.readouterr().out
