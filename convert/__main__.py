@@ -130,19 +130,23 @@ def _verify(source: Checkpoint, recipe: Recipe, folder: Path, dtype: np.dtype[np
     if reference.format == "native":
         raise CheckpointError("--verify compares with transformers, but neither side is its format; add --to-hf")
     tokens = sample_tokens(recipe.spec.vocab_size, recipe.spec.max_positions)
+    # Both sides hold weights rounded to dtype and compute in float32, so that only mistakes tell.
     ours = load(
         source.path if reference is written else folder,
         dtype=dtype.name,
-        put=lambda path, leaf, array: jnp.asarray(
-            array, jnp.float32
-        ),  # both sides: rounded to dtype, computed in float32
+        put=lambda path, leaf, array: jnp.asarray(array, jnp.float32),
     )
     logits = np.asarray(apply(ours.params, jnp.asarray(tokens), ours.spec))
     found = compare(logits, reference_logits(reference, tokens, dtype.name))
     if not found.agrees:
+        advice = (
+            "; transformers does not read all of a GGUF's metadata: convert --to-hf, and verify from there"
+            if reference.format == "gguf"
+            else ""
+        )
         raise CheckpointError(
-            f"logits differ from transformers' by {found.max_error:.2e} (the largest is {found.max_logit:.2f}); "
-            f"nothing was written"
+            f"logits differ from transformers' by {found.max_error:.2e} (the largest is {found.max_logit:.2f}), "
+            f"so nothing was written{advice}"
         )
     return found
 

@@ -6,13 +6,14 @@ the numbers themselves, how each such tensor is changed back.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpaged.convert.gguf_reader import GgufFile, transformed
+from jaxpaged.convert.gguf_reader import GgufFile, shortest, transformed
 from jaxpaged.convert.stored_tensor import Array, StoredTensor
 from jaxpaged.errors import CheckpointError
 
@@ -80,7 +81,7 @@ class Facts:
 
     def factors(self, tensor: str) -> list[float]:
         """One divisor per rotary frequency."""
-        return [float(x) for x in self.tensors[tensor].read().ravel()]
+        return [shortest(x) for x in self.tensors[tensor].read().astype(np.float32).ravel()]
 
 
 class Architecture(NamedTuple):
@@ -187,8 +188,16 @@ def _rope_scaling(facts: Facts) -> Config | None:
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        original = facts.count("rope.scaling.original_context_length")
-        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        # llama.cpp's attn_factor multiplies what the paper's formula gives, HF's attention_factor replaces it.
+        own = facts.get("rope.scaling.yarn_attn_factor", facts.get("rope.scaling.attn_factor", 1.0))
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": facts.count("rope.scaling.original_context_length"),
+            "attention_factor": own * (0.1 * math.log(max(factor, 1.0)) + 1.0),
+            "beta_fast": facts.get("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": facts.get("rope.scaling.yarn_beta_slow", 1.0),
+        }
     raise CheckpointError(f"{facts.path} has rope scaling {kind!r}; those we read are linear, yarn and none")
 
 

@@ -114,7 +114,7 @@ class _Header:
         if kind not in _SCALARS:
             raise self.fail(f"unknown metadata type {kind}")
         value = self.number(_SCALARS[kind])
-        return _shortest(np.float32(value)) if _SCALARS[kind] == "f" else value
+        return shortest(np.float32(value)) if _SCALARS[kind] == "f" else value
 
     def array(self) -> list[Any]:
         kind = int(self.number("I"))
@@ -213,5 +213,6 @@ def _dequantise(kind: Any, shape: tuple[int, ...], raw: Array) -> Array:
     return out.reshape(shape)
 
 
-def _shortest(value: np.float32) -> float:
+def shortest(value: np.float32) -> float:
+    """The float of fewest digits that means this float32: what the writer's config said."""
     return float(str(value))

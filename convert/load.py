@@ -78,17 +78,14 @@ def leaves(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Iter
         yield path, array.astype(dtype, copy=False)
 
 
-def hf_rules(checkpoint: Checkpoint, recipe: Recipe) -> Sequence[Rule]:
-    """The rules between the leaves and Hugging Face's tensors, also where the checkpoint is a native one."""
-    if checkpoint.format == "native":
-        return family_of(checkpoint.config).rules(recipe.spec, ())
-    return recipe.rules
-
-
 def recipe_for(checkpoint: Checkpoint) -> Recipe:
     """The spec and rules for a checkpoint. Raises CheckpointError that lists every tensor that does not fit."""
     recipe = _native_recipe(checkpoint) if checkpoint.format == "native" else _family_recipe(checkpoint)
-    if problems := _misfits(checkpoint, recipe):
+    try:
+        problems = _misfits(checkpoint, recipe)
+    except ValueError as error:  # numpy's, of a shape with more elements than it can count
+        raise CheckpointError(f"{checkpoint.path}: its config asks for impossible shapes ({error})") from error
+    if problems:
         raise CheckpointError(
             f"{checkpoint.path}: {len(problems)} tensors do not fit the config; fetch both again, from one place:\n  "
             + "\n  ".join(problems)

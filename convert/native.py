@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from jaxpaged.convert.checkpoint import CONFIG, HF_CONFIG, SPEC, Checkpoint
-from jaxpaged.convert.load import Recipe, hf_rules, leaves
-from jaxpaged.convert.rules import hf_shapes, store_tensors
+from jaxpaged.convert.families import family_of
+from jaxpaged.convert.load import Recipe, leaves
+from jaxpaged.convert.rules import hf_shapes, load_leaves, store_tensors
 from jaxpaged.convert.safetensors_reader import inside
 from jaxpaged.convert.safetensors_writer import MAX_SHARD_BYTES, write_folder
 from jaxpaged.convert.stored_tensor import Array
@@ -58,7 +59,7 @@ def write_native(
     metadata = {"format": "jaxpaged"}
     write_folder(folder, shapes, dtype, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
     (folder / SPEC).write_text(to_json(recipe.spec), encoding="utf-8")
-    _write_json(folder / HF_CONFIG, checkpoint.config)
+    _write_json(folder / HF_CONFIG, text_config(checkpoint.config))
     _copy_side_files(checkpoint, folder)
 
 
@@ -71,18 +72,44 @@ def write_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Fill `folder` with the checkpoint as transformers reads it."""
-    rules = hf_rules(checkpoint, recipe)
+    config = text_config(checkpoint.config)
+    family = family_of(config)
+    if family.spec(config) != recipe.spec:
+        raise CheckpointError(
+            f"{checkpoint.path}: {HF_CONFIG} and {SPEC} describe different models; convert the original again"
+        )
+    rules = family.rules(recipe.spec, ())
     shapes = hf_shapes(rules, recipe.spec)
-    tensors: Iterator[tuple[str, Array]]
-    if checkpoint.format == "native":
-        tensors = store_tensors(rules, checkpoint.read)
-    else:
-        tensors = ((name, checkpoint.read(name)) for name in shapes)
+    tensors = store_tensors(rules, _LeafReader(checkpoint, recipe).read)
     metadata = {"format": "pt"}  # transformers refuses a file without it
     write_folder(folder, shapes, dtype, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
-    old = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+    old = {key: value for key, value in config.items() if key != "torch_dtype"}
     _write_json(folder / CONFIG, old | {"dtype": dtype.name})
     _copy_side_files(checkpoint, folder)
+
+
+class _LeafReader:
+    """Leaves by path, whatever the checkpoint's format; those of one tensor are kept together, and only them."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe):
+        self.checkpoint = checkpoint
+        self.rules = {path: rule for rule in recipe.rules for path in rule.paths}
+        self.kept: dict[str, Array] = {}
+
+    def read(self, path: str) -> Array:
+        if path not in self.kept:
+            self.kept = dict(load_leaves([self.rules[path]], self.checkpoint.read))
+        return self.kept[path]
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the language model alone, where the checkpoint holds more than that (Gemma 3 with vision)."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return dict(config)
+    shared = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    outer = {key: config[key] for key in shared if key in config}
+    return outer | {"model_type": f"{config['model_type']}_text"} | inner
 
 
 @contextmanager

@@ -211,6 +211,42 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(save: Save) -> N
     assert "llama, mistral" in message
 
 
+@pytest.mark.parametrize(
+    "fields", [{"hidden_size": 2**31 - 1, "num_attention_heads": 1}, {"head_dim": 2**31 - 1, "vocab_size": 2**31 - 1}]
+)
+def test_a_config_of_absurd_sizes_is_refused_without_making_them(save: Save, fields: dict[str, int]) -> None:
+    tensors = random_tensors(LLAMA)
+    assert "hf: " in error_of(load, save(LLAMA | {"num_key_value_heads": None} | fields, tensors))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"type": "Decoder"}', '{"type": "Norm", "kind": "rms", "eps": 1e-5}']
+)
+def test_a_damaged_spec_is_refused(save: Save, tmp_path: Path, text: str) -> None:
+    convert(str(save()), tmp_path / "native")
+    (tmp_path / "native" / "spec.json").write_text(text)
+    assert "does not describe a model" in error_of(load, tmp_path / "native")
+
+
+def test_the_language_model_of_a_multimodal_checkpoint_converts_alone(save: Save, tmp_path: Path) -> None:
+    text = {k: v for k, v in LLAMA.items() if k not in ("architectures", "eos_token_id")}
+    text |= {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+    text |= {"tie_word_embeddings": True}
+    whole = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 7]}
+    tensors = random_tensors(whole)
+    source = save(whole, tensors | {"vision_tower.patch.weight": np.zeros(3, np.float32)})
+
+    convert(str(source), tmp_path / "native")
+    convert(str(source), tmp_path / "one", to_hf=True)
+    convert(str(tmp_path / "native"), tmp_path / "two", to_hf=True)
+
+    assert all_tensors(tmp_path / "one").keys() == random_tensors(text).keys()
+    assert_same(all_tensors(tmp_path / "one"), all_tensors(tmp_path / "two"))
+    assert load(tmp_path / "two").spec == load(source).spec
+    assert_same(dict(flatten(load(tmp_path / "two").params)), dict(flatten(load(source).params)))
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["eos_token_id"] == [1, 7]
+
+
 # Converting.
 
 
@@ -242,6 +278,22 @@ def test_a_native_folder_needs_its_spec_and_tensors_alone(save: Save, tmp_path: 
     convert(str(save(LLAMA | {"model_type": "mistral", "sliding_window": 8})), tmp_path / "native")
     (tmp_path / "native" / "hf_config.json").write_text('{"model_type": "a name no family has"}')
     assert load(tmp_path / "native").spec.blocks[0].mixer.window == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (LLAMA | {"model_type": "a name no family has"}, "not a known architecture"),
+        (LLAMA | {"rms_norm_eps": 0.1}, "hf_config.json and spec.json describe different models"),
+    ],
+)
+def test_going_back_needs_the_config_it_came_with(
+    save: Save, tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
+    convert(str(save()), tmp_path / "native")
+    (tmp_path / "native" / "hf_config.json").write_text(json.dumps(config))
+    assert says in error_of(convert, str(tmp_path / "native"), tmp_path / "back", to_hf=True)
+    assert not (tmp_path / "back").exists()
 
 
 def test_large_checkpoints_are_sharded(save: Save, tmp_path: Path) -> None:
