@@ -98,7 +98,7 @@ def ragged_paged_attention(
     seq = jnp.minimum(jnp.searchsorted(tile_ends, index, side="right"), num_seqs - 1)
     within = (index - (tile_ends[seq] - -(-q_lens[seq] // _TILE))) * _TILE
     lengths = jnp.where(index < tile_ends[-1], jnp.clip(q_lens[seq] - within, 0, _TILE), 0)
-    rows = (cu_q_lens[seq] + within)[:, None] + jnp.arange(_TILE, dtype=jnp.int32)
+    rows = (cu_q_lens[seq] + within)[:, None] + jnp.arange(_TILE, dtype=jnp.int32)[None]
     real = jnp.arange(_TILE, dtype=jnp.int32)[None] < lengths[:, None]
     tiles = _Tiles(
         q[jnp.where(real, rows, 0)], page_table[seq], kv_lens[seq] - q_lens[seq] + within, lengths
@@ -124,8 +124,8 @@ def _attend(
     turn = max(1, _TOKENS_PER_TURN // page_size)  # pages a turn of the loop takes
     span = turn * page_size
     padding = -num_tiles % group
-    order = jnp.argsort(-(tiles.starts + tiles.lengths) * (tiles.lengths > 0))
-    order = jnp.pad(order, (0, padding), mode="edge")
+    ends = jnp.where(tiles.lengths > 0, tiles.starts + tiles.lengths, 0)
+    order = jnp.pad(jnp.argsort(-ends), (0, padding), mode="edge")
     # The last turn may read past the table's width; those positions are masked, the ids only have to exist.
     tables = jnp.pad(tiles.tables, ((0, 0), (0, -tiles.tables.shape[1] % turn)))
     rows = heads // kv_heads * tile  # queries that read one kv head, heads outer
@@ -165,12 +165,12 @@ def _attend(
             acc = acc * shrink[..., None] + jnp.einsum("nkru,nukd->nkrd", weights, kv[:, :, 1])
             return new_top, total * shrink + weights.sum(-1), acc
 
-        ends = jnp.where(length > 0, start + length, 0)
+        end = jnp.max(ends[members])
         begin = jnp.zeros((), jnp.int32)
         if window is not None:
-            begin = jnp.min(jnp.where(length > 0, jnp.maximum(start - window + 1, 0), jnp.max(ends))) // span
+            begin = jnp.min(jnp.where(length > 0, jnp.maximum(start - window + 1, 0), end)) // span
         acc = jnp.zeros((*first_max.shape, dim), jnp.float32)
-        _, total, acc = lax.fori_loop(begin, (jnp.max(ends) + span - 1) // span, one_turn, (first_max, first_sum, acc))
+        _, total, acc = lax.fori_loop(begin, (end + span - 1) // span, one_turn, (first_max, first_sum, acc))
         # [N, K, rows, D] -> [N, Q, H, D]
         result = (acc / jnp.maximum(total, 1e-30)[..., None]).reshape(group, kv_heads, -1, tile, dim)
         result = result.transpose(0, 3, 1, 2, 4).reshape(group, tile, heads, dim)

@@ -12,14 +12,14 @@ from jaxpaged.model.norm import normalize
 from jaxpaged.model.rope import RopeTable, rotate
 from jaxpaged.model.spec import Attention, Rope
 
-Attend = Callable[[Array, Array, Array, Attention, Array | None], Array]
-"""attend(q [T, H, D], k [T, K, D], v [T, K, D], spec, sinks [H] or None) -> [T, H, D]"""
+Attend = Callable[[Array, Array, Array, Attention, Array | None], tuple[Array, Any]]
+"""attend(q [T, H, D], k [T, K, D], v [T, K, D], spec, sinks [H] or None) -> ([T, H, D], the layer's new kv)"""
 
 
 def mix(
     x: Float[Array, "T M"], p: Mapping[str, Any], a: Attention, tables: Mapping[Rope, RopeTable], attend: Attend
-) -> Float[Array, "T M"]:
-    """o(attend(rope(norm(q x)), rope(norm(k x)), v x))."""
+) -> tuple[Float[Array, "T M"], Any]:
+    """o(attend(rope(norm(q x)), rope(norm(k x)), v x)), and what `attend` says the layer's keys and values are now."""
     q = linear(x, p["q"]).reshape(-1, a.heads, a.head_dim)
     k = linear(x, p["k"]).reshape(-1, a.kv_heads, a.head_dim)
     v = linear(x, p["v"]).reshape(-1, a.kv_heads, a.head_dim)
@@ -27,5 +27,5 @@ def mix(
         q, k = normalize(q, p["q_norm"], a.qk_norm), normalize(k, p["k_norm"], a.qk_norm)
     if a.rope is not None:
         q, k = rotate(q, tables[a.rope], a.rope), rotate(k, tables[a.rope], a.rope)
-    out = attend(q, k, v, a, p.get("sinks"))
-    return linear(out.reshape(-1, a.heads * a.head_dim), p["o"])
+    out, kv = attend(q, k, v, a, p.get("sinks"))
+    return linear(out.reshape(-1, a.heads * a.head_dim), p["o"]), kv

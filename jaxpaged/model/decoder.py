@@ -1,15 +1,17 @@
 """The decoder: one function that computes whatever a `Decoder` spec describes.
 
-`hidden_states` is the whole model but its head. It does not know where keys and values live: it calls `attend(layer,
-q, k, v, ...)`, which the paged step (`step.py`) and the dense form below fill in differently. Layers run unrolled: a
-scan would copy every layer's weights and pool (see docs/architecture.md).
+`hidden_states` is the whole model but its head. It does not know where keys and values live: `attend(kv, q, k, v, ...)`
+gets and gives back a layer's `kv`, a pool in the paged step (`step.py`), nothing in the dense form below. Layers run
+unrolled: a scan would copy every layer's weights and pool (see docs/architecture.md). Equal blocks are traced once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -22,8 +24,8 @@ from jaxpaged.model.params import Params
 from jaxpaged.model.rope import RopeTable, rope_table
 from jaxpaged.model.spec import Attention, Block, Decoder, Rope
 
-LayerAttend = Callable[[int, Array, Array, Array, Attention, Array | None], Array]
-"""attend(layer, q [T, H, D], k [T, K, D], v [T, K, D], spec, sinks [H] or None) -> [T, H, D]"""
+Attend = Callable[[Any, Array, Array, Array, Attention, Array | None], tuple[Array, Any]]
+"""attend(kv, q [T, H, D], k [T, K, D], v [T, K, D], spec, sinks [H] or None) -> ([T, H, D], kv)"""
 
 
 def hidden_states(
@@ -32,9 +34,13 @@ def hidden_states(
     positions: Int[Array, " T"],
     rope_lens: Int[Array, " T"],
     spec: Decoder,
-    attend: LayerAttend,
-) -> Float[Array, "T M"]:
-    """The last layer's output after the last norm, a row per token. `rope_lens`: see `spec.DynamicNtkScaling`."""
+    kvs: Sequence[Any],
+    attend: Attend,
+) -> tuple[Float[Array, "T M"], tuple[Any, ...]]:
+    """The last layer's output after the last norm, a row per token, and every layer's `kv` as `attend` left it.
+
+    `rope_lens` is the length by which length-dependent rope scalings go: see `spec.DynamicNtkScaling`.
+    """
     x = params["embed"]["w"][tokens]
     if spec.embed_scale != 1.0:
         x = x * jnp.asarray(spec.embed_scale, x.dtype)
@@ -44,9 +50,12 @@ def hidden_states(
         x = x + params["positions"]["w"][positions + spec.learned_positions]
     ropes = {b.mixer.rope for b in spec.blocks if b.mixer.rope is not None}
     tables = {rope: rope_table(rope, positions, rope_lens) for rope in ropes}
-    for layer, (block, p) in enumerate(zip(spec.blocks, params["layers"], strict=True)):
-        x = _block(x, p, block, tables, partial(attend, layer))
-    return x if spec.norm is None else normalize(x, params["norm"], spec.norm)
+    layer = {block: jax.jit(partial(_layer, block=block, tables=tables, attend=attend)) for block in set(spec.blocks)}
+    new_kvs = []
+    for block, p, kv in zip(spec.blocks, params["layers"], kvs, strict=True):
+        x, kv = layer[block](x, p, kv)
+        new_kvs.append(kv)
+    return x if spec.norm is None else normalize(x, params["norm"], spec.norm), tuple(new_kvs)
 
 
 def logits(params: Params, hidden: Float[Array, "T M"], spec: Decoder) -> Float[Array, "T V"]:
@@ -63,39 +72,50 @@ def logits(params: Params, hidden: Float[Array, "T M"], spec: Decoder) -> Float[
 def apply(params: Params, tokens: Int[Array, " T"], spec: Decoder) -> Float[Array, "T V"]:
     """Logits of one whole sequence, dense: no pages, differentiable. For training, checks and tests."""
 
-    def attend(layer: int, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> Array:
-        del layer
-        return dense_attention(q, k, v, scale=a.scale, window=a.window, softcap=a.softcap, sinks=sinks)
+    def attend(kv: None, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, None]:
+        return dense_attention(q, k, v, scale=a.scale, window=a.window, softcap=a.softcap, sinks=sinks), kv
 
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     rope_lens = jnp.full_like(positions, tokens.shape[0])
-    return logits(params, hidden_states(params, tokens, positions, rope_lens, spec, attend), spec)
+    hidden, _ = hidden_states(params, tokens, positions, rope_lens, spec, (None,) * len(spec.blocks), attend)
+    return logits(params, hidden, spec)
 
 
-def _block(
-    x: Float[Array, "T M"], p: Params, block: Block, tables: dict[Rope, RopeTable], attend: Callable[..., Array]
-) -> Float[Array, "T M"]:
+def _layer(
+    x: Float[Array, "T M"],
+    p: Params,
+    kv: Any,
+    *,
+    block: Block,
+    tables: Mapping[Rope, RopeTable],
+    attend: Attend,
+) -> tuple[Float[Array, "T M"], Any]:
     def norm(y: Array, name: str) -> Array:
         return normalize(y, p[name], block.norm)
 
-    def mixer(y: Array) -> Array:
-        return mix(y, p["mixer"], block.mixer, tables, attend)
+    def mixer(y: Array) -> tuple[Array, Any]:
+        return mix(y, p["mixer"], block.mixer, tables, partial(attend, kv))
 
     def ffn(y: Array) -> Array:
         return feed_forward(y, p["ffn"], block.ffn)
 
     match block.residual:
         case "serial":
-            x = x + mixer(norm(x, "norm1"))
-            return x + ffn(norm(x, "norm2"))
+            mixed, kv = mixer(norm(x, "norm1"))
+            x = x + mixed
+            return x + ffn(norm(x, "norm2")), kv
         case "parallel":
-            return x + mixer(norm(x, "norm1")) + ffn(norm(x, "norm2"))
+            mixed, kv = mixer(norm(x, "norm1"))
+            return x + mixed + ffn(norm(x, "norm2")), kv
         case "parallel_one_norm":
             y = norm(x, "norm1")
-            return x + mixer(y) + ffn(y)
+            mixed, kv = mixer(y)
+            return x + mixed + ffn(y), kv
         case "sandwich":
-            x = x + norm(mixer(norm(x, "norm1")), "post1")
-            return x + norm(ffn(norm(x, "norm2")), "post2")
+            mixed, kv = mixer(norm(x, "norm1"))
+            x = x + norm(mixed, "post1")
+            return x + norm(ffn(norm(x, "norm2")), "post2"), kv
         case "post":
-            x = norm(x + mixer(x), "norm1")
-            return norm(x + ffn(x), "norm2")
+            mixed, kv = mixer(x)
+            x = norm(x + mixed, "norm1")
+            return norm(x + ffn(x), "norm2"), kv

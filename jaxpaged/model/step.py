@@ -51,12 +51,13 @@ def forward(
 
     `sampled` are the tokens of the step before, read where `inputs.feedback` says so.
     """
-    pools = list(cache.pools)
     num_decode = inputs.kv_lens.shape[0] - (inputs.cu_q_lens.shape[0] - 1)
     num_tokens = inputs.token_ids.shape[0]
 
-    def attend(layer: int, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> Array:
-        pools[layer] = pool = kv_cache.write(pools[layer], k, v, inputs.slots)
+    def attend(
+        pool: Array, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None
+    ) -> tuple[Array, Array]:
+        pool = kv_cache.write(pool, k, v, inputs.slots)
         parts = []
         if num_decode > 0:
             tables, lens = inputs.page_table[:num_decode], inputs.kv_lens[:num_decode]
@@ -80,9 +81,9 @@ def forward(
                     sinks=sinks,
                 )
             )
-        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0], pool
 
     fed = sampled[jnp.clip(inputs.feedback, 0, sampled.shape[0] - 1)]
     tokens = jnp.where(inputs.feedback >= 0, fed, inputs.token_ids)
-    hidden = hidden_states(params, tokens, inputs.positions, inputs.rope_lens, spec, attend)
-    return KVCache(tuple(pools)), ForwardOutputs(logits(params, hidden[inputs.logit_rows], spec), hidden)
+    hidden, pools = hidden_states(params, tokens, inputs.positions, inputs.rope_lens, spec, cache.pools, attend)
+    return KVCache(pools), ForwardOutputs(logits(params, hidden[inputs.logit_rows], spec), hidden)
