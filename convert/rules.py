@@ -53,7 +53,7 @@ Table = Mapping[str | tuple[str, ...], str | Module]
 
 
 def each_layer(prefix: str, modules: Table) -> dict[str | tuple[str, ...], str | Module]:
-    """Entries for every layer: keys are modules of ours within a layer, `prefix` (with `{i}`) stands before HF's names."""
+    """Entries for every layer: keys are our modules within a layer, `prefix` (with `{i}`) stands before HF's names."""
 
     def ours(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
         return f"layers.{{i}}.{names}" if isinstance(names, str) else tuple(f"layers.{{i}}.{name}" for name in names)
@@ -65,7 +65,7 @@ def each_layer(prefix: str, modules: Table) -> dict[str | tuple[str, ...], str |
 
 
 def rules_for(spec: Decoder, table: Table) -> list[Rule]:
-    """The rules for every leaf of `spec`, HF's `weight` being our `w`, `bias` our `b`. Entries for absent leaves drop out.
+    """The rules for every leaf of `spec`, `weight` being our `w`, `bias` our `b`. Entries for absent leaves drop out.
 
     Raises ValueError where the table says nothing about a leaf.
     """

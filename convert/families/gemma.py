@@ -77,9 +77,10 @@ def gemma3_spec(config: Mapping[str, Any]) -> Decoder:
     mixer = decoder.blocks[0].mixer
     local_rope, global_rope = (rope(c, mixer.head_dim, p) for p in _gemma3_ropes(c))
     local = _local_layers(c)
-    return llama.map_mixers(
+    decoder = llama.map_mixers(
         decoder, lambda i, a: replace(a, qk_norm=decoder.norm, rope=local_rope if local[i] else global_rope)
     )
+    return replace(decoder, max_positions=c.size("max_position_embeddings"))  # Gemma 3 counts them after scaling
 
 
 def gemma3_multimodal_spec(config: Mapping[str, Any]) -> Decoder:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxpaged.convert.families.fields import MAX_LAYERS, Fields
-from jaxpaged.convert.families.rope import rope
+from jaxpaged.convert.families.rope import max_positions, rope
 from jaxpaged.convert.rules import Module, Rule, each_layer, rules_for
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm
 
@@ -27,9 +27,10 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     c = c.over({"rope_theta": c.raw("rotary_emb_base"), "partial_rotary_factor": c.raw("rotary_pct")})
     dim, heads = c.size("hidden_size"), c.size("num_attention_heads")
     head_dim, biased = c.quotient("hidden_size", "num_attention_heads"), c.flag("attention_bias")
+    rotary = rope(c, head_dim)
     norm = Norm("layer", c.positive("layer_norm_eps"))
     block = Block(
-        Attention(heads, heads, head_dim, head_dim**-0.5, rope(c, head_dim), qkv_bias=biased, out_bias=biased),
+        Attention(heads, heads, head_dim, head_dim**-0.5, rotary, qkv_bias=biased, out_bias=biased),
         Mlp(c.size("intermediate_size"), c.activation("hidden_act"), gated=False, bias=True),
         norm,
         residual="parallel" if c.flag("use_parallel_residual") else "serial",
@@ -37,7 +38,7 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     return Decoder(
         vocab_size=c.size("vocab_size"),
         dim=dim,
-        max_positions=c.size("max_position_embeddings"),
+        max_positions=max_positions(c, rotary),
         blocks=(block,) * c.size("num_hidden_layers", most=MAX_LAYERS),
         norm=norm,
         embed_dim=dim,

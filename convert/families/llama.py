@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxpaged.convert.families.fields import MAX_LAYERS, Fields
-from jaxpaged.convert.families.rope import rope
+from jaxpaged.convert.families.rope import max_positions, rope
 from jaxpaged.convert.rules import Rule, Table, each_layer, rules_for
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm
 
@@ -59,12 +59,13 @@ def decoder(c: Fields) -> Decoder:
     dim = c.size("hidden_size")
     heads = c.size("num_attention_heads")
     head_dim = c.maybe_size("head_dim") or c.quotient("hidden_size", "num_attention_heads")
-    attention = Attention(heads, kv_heads(c), head_dim, head_dim**-0.5, rope(c, head_dim))
+    rotary = rope(c, head_dim)
+    attention = Attention(heads, kv_heads(c), head_dim, head_dim**-0.5, rotary)
     block = Block(attention, Mlp(c.size("intermediate_size"), c.activation("hidden_act")), norm)
     return Decoder(
         vocab_size=c.size("vocab_size"),
         dim=dim,
-        max_positions=c.size("max_position_embeddings"),
+        max_positions=max_positions(c, rotary),
         blocks=(block,) * c.size("num_hidden_layers", most=MAX_LAYERS),
         norm=norm,
         embed_dim=dim,

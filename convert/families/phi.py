@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpaged.convert.families import llama
 from jaxpaged.convert.families.fields import MAX_LAYERS, Fields
-from jaxpaged.convert.families.rope import rope
+from jaxpaged.convert.families.rope import max_positions, rope
 from jaxpaged.convert.rules import Rule, Table, each_layer, rules_for
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm
 
@@ -47,13 +47,14 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     dim, heads = c.size("hidden_size"), c.size("num_attention_heads")
     kv_heads = llama.kv_heads(c)
     head_dim = c.quotient("hidden_size", "num_attention_heads")
+    rotary = rope(c, head_dim)
     norm = Norm("layer", c.positive("layer_norm_eps"))
     attention = Attention(
         heads,
         kv_heads,
         head_dim,
         head_dim**-0.5,
-        rope(c, head_dim),
+        rotary,
         qk_norm=norm if c.flag("qk_layernorm") else None,
         qkv_bias=True,
         out_bias=True,
@@ -62,7 +63,7 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     return Decoder(
         vocab_size=c.size("vocab_size"),
         dim=dim,
-        max_positions=c.size("max_position_embeddings"),
+        max_positions=max_positions(c, rotary),
         blocks=(Block(attention, mlp, norm, "parallel_one_norm"),) * c.size("num_hidden_layers", most=MAX_LAYERS),
         norm=norm,
         embed_dim=dim,

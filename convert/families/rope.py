@@ -35,6 +35,17 @@ def rope(c: Fields, head_dim: int, parameters: Fields | None = None) -> Rope:
     return Rope(p.positive("rope_theta"), dim, scaling=_scaling(c, p, dim))
 
 
+def max_positions(c: Fields, rope: Rope) -> int:
+    """How long a sequence may be: what the config says, which for these scalings is the length before scaling."""
+    positions = c.size("max_position_embeddings")
+    match rope.scaling:
+        case LinearScaling(factor) | DynamicNtkScaling(factor):
+            return max(positions, int(positions * factor))
+        case YarnScaling(factor, original):
+            return max(positions, int(original * factor))
+    return positions
+
+
 def _scaling(c: Fields, p: Fields, dim: int) -> RopeScaling | None:
     match p.raw("rope_type"):
         case "default":
