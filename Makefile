@@ -38,8 +38,8 @@ bench: $(VENV)/.dev ## throughput and latency of SmolLM2 beside transformers, a 
 	$(BIN)/python benchmarks/throughput.py --baseline hf --output benchmarks/results/throughput.jsonl
 	$(BIN)/python benchmarks/latency.py --baseline hf --output benchmarks/results/latency.jsonl
 
-wheel: $(VENV)/.dev ## a wheel in dist/
-	$(BIN)/python -m build --wheel --outdir dist .
+wheel: $(VENV)/.dev ## a wheel and an sdist in dist/
+	$(BIN)/python -m build --outdir dist .
 
 table: $(VENV)/.dev ## write the README's table of families anew
 	$(BIN)/python docs/families_table.py --write

@@ -21,7 +21,7 @@ def find_model() -> Path:
 
 def main() -> None:
     """Load, ask, stream the answer, say what it took."""
-    llm = LLM(find_model(), max_model_len=512, max_num_seqs=4)
+    llm = LLM(find_model(), max_model_len=512, max_num_seqs=1)
     prompt = llm.encode_chat([{"role": "user", "content": QUESTION}])
 
     print(f"\nprompt      {QUESTION}\nanswer      ", end="", flush=True)
