@@ -122,7 +122,7 @@ REFUSED = [
     (["generate", "MODEL", "--file", "/no/such/file"], "/no/such/file: No such file or directory"),
     (["generate", "MODEL"], "standard input has no prompt"),
     (["generate", "/no/such/model", "x"], "/no/such/model does not exist"),
-    (["generate", "MODEL", "a" * 200, *SMALL], "the prompt has 200 tokens but max_model_len is 128"),
+    (["generate", "MODEL", "a" * 600, *SMALL], "the prompt has 600 tokens but max_model_len is 512"),
     (["chat", "/no/such/model"], "/no/such/model does not exist"),
     (["convert", "/no/such/model", "/no/such/folder"], "/no/such/model does not exist"),
 ]
@@ -235,8 +235,8 @@ def test_second_interrupt_leaves(llm, monkeypatch):
 
 def test_message_that_does_not_fit_is_refused_and_forgotten(llm, capsys):
     chat = Chat(llm, SamplingParams(temperature=0, max_tokens=2), "brief")
-    assert chat.take("a" * 200)
-    assert "tokens but max_model_len is 128" in capsys.readouterr().err
+    assert chat.take("a" * 600)
+    assert "tokens but max_model_len is 512" in capsys.readouterr().err
     assert chat.messages == [{"role": "system", "content": "brief"}]
 
 

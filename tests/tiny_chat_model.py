@@ -30,7 +30,7 @@ def write_chat_model(folder: Path) -> Path:
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "eos_token_id": vocab - 2,
     }

@@ -1,0 +1,76 @@
+"""Every example runs as its first line says, on a tiny model here and on SmolLM2 among the slow tests."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from real_model import smollm2_gguf
+from tiny_chat_model import write_chat_model
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+EXPECTED = {
+    "quickstart": ["'The capital of France is' -> ", "chat: ", "drawn 1: ", "  1. ", "mean log probability"],
+    "chat": ["> "],
+    "batch": ["What colour is carrot? ", "32 requests, ", "prompt tokens came from the prefix cache"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_chat_model(tmp_path_factory.mktemp("examples") / "model")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example as a script and gives what it printed."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def script(name, *argv, stdin="Hi\nAnd you?\n"):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return script
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_example_runs_on_a_given_model(run, folder, name):
+    printed = run(name, folder)
+    assert [part for part in EXPECTED[name] if part not in printed] == []
+
+
+def test_examples_fall_back_to_a_tiny_model(run, monkeypatch):
+    any_model = importlib.import_module("any_model")
+    monkeypatch.setattr(any_model, "find_spec", lambda package: None)
+    assert run("chat").startswith("> ")
+
+
+def test_custom_family_is_written_loaded_and_served(run):
+    from jaxpaged.convert.families import FAMILIES
+
+    try:
+        printed = run("custom_family")
+    finally:
+        FAMILIES.pop("tandem", None)
+    prompt, generated = printed.split(" -> ")
+    assert prompt == "[5, 6, 7]"
+    assert len(generated.split(",")) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPECTED)
+def test_example_runs_on_the_real_model(run, name):
+    printed = run(name, smollm2_gguf())
+    assert [part for part in EXPECTED[name] if part not in printed] == []
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_example_is_short(path):
+    assert len(path.read_text().splitlines()) < 60
