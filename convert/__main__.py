@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -80,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert as the parsed arguments say and print a summary. Raises CheckpointError."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up when terminated, too
     done = convert(
         args.source,
         args.destination,

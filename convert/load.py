@@ -63,7 +63,7 @@ def load(path: str | Path, *, dtype: str = "auto", put: Put | None = None) -> Lo
     checkpoint = open_checkpoint(path)
     recipe = recipe_for(checkpoint)
     shapes = dict(flatten(param_specs(recipe.spec)))
-    place = put or (lambda path, leaf, array: jnp.asarray(array))
+    place = put or (lambda path, leaf, array: jax.device_put(array))  # jnp.asarray would copy once more
     placed: dict[str, jax.Array] = {}
     for name, array in leaves(checkpoint, recipe, resolve_dtype(dtype, checkpoint)):
         # Waiting lets go of the host's copy before the next tensor is read.
