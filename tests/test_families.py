@@ -14,8 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import CASES, LLAMA3, LONG, SHAPE, Case, transformers_reference, weight, write_checkpoint
+from tiny_models import (
+    CASES,
+    LLAMA3,
+    LONG,
+    NUM_GENERATED,
+    SHAPE,
+    Case,
+    transformers_reference,
+    weight,
+    write_checkpoint,
+)
 
+from jaxpaged import LLM, SamplingParams
 from jaxpaged.convert.families import FAMILIES, family_of, llama
 from jaxpaged.convert.rules import Rule, hf_shapes, load_leaves, rules_for, store_tensors
 from jaxpaged.errors import CheckpointError
@@ -29,6 +40,8 @@ Golden = Callable[[str, Callable[[], Mapping[str, np.ndarray]]], Mapping[str, np
 
 PAGE_SIZE = 4
 CHUNK = 7
+# The engine compiles several steps for each, so a few stand for all in the fast tests.
+IN_ENGINE = ("llama_dynamic", "gemma2", "opt_350m")
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -151,6 +164,24 @@ def mixed_step(
         logit_rows=jnp.asarray(np.array(logit_rows, np.int32)),
     )
     return inputs, counts
+
+
+@pytest.mark.parametrize("name", [n if n in IN_ENGINE else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def test_engine_generates_what_transformers_does(
+    name: str, reference: Callable[[Case], Mapping[str, np.ndarray]], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    folder = write_checkpoint(tmp_path / "model", case.config, tiny(name).shapes)
+    longest = max(map(len, case.prompts())) + NUM_GENERATED
+    llm = LLM(
+        folder, page_size=PAGE_SIZE, max_model_len=longest, max_num_seqs=4, max_num_batched_tokens=CHUNK, warmup=False
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_GENERATED, ignore_eos=True)
+
+    outputs = llm.generate(case.prompts(), params, use_tqdm=False)
+
+    want = reference(case)
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [want[f"ids_{i}"].tolist() for i in range(len(outputs))]
 
 
 def every_mixer(**changes: Any) -> Callable[[Decoder], Decoder]:
@@ -425,7 +456,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "cross attention": ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
     "norms without weights": ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine = False"),
     "tied head with a bias": ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings = True"),
-    "quantised": ("llama", {"quantization_config": {"quant_method": "gptq"}}, "stored as 'gptq'"),
     "unknown family": ("llama", {"model_type": "mamba"}, "'mamba' is not a known architecture; known: gemma, gemma2"),
 }
 

@@ -7,6 +7,7 @@ and the stored references of `tests/golden/` need not hold it.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import zlib
@@ -19,7 +20,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 VOCAB = 97
-PROMPT_LENS = (3, 8, 17)
 NUM_GENERATED = 8
 SEQUENCE_LEN = 24
 
@@ -30,6 +30,7 @@ class Case:
 
     name: str
     config: Mapping[str, Any]
+    prompt_lens: tuple[int, ...]
 
     def tokens(self) -> np.ndarray:
         """The sequence whose logits are compared; no zeros, which several families take for padding."""
@@ -38,7 +39,7 @@ class Case:
     def prompts(self) -> list[list[int]]:
         """Prompts of several lengths: around a window of 5, and past the 16 positions that scaled ropes begin with."""
         rng = np.random.RandomState(1)
-        return [rng.randint(1, VOCAB, n).tolist() for n in PROMPT_LENS]
+        return [rng.randint(1, VOCAB, n).tolist() for n in self.prompt_lens]
 
 
 SHAPE = {
@@ -71,8 +72,10 @@ LONG = {"short_factor": [1.0, 1.1, 1.3, 1.5, 1.8, 2.0], "long_factor": [1.0, 1.5
 SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 
 
-def _case(name: str, model_type: str, shape: Mapping[str, Any], **fields: Any) -> Case:
-    return Case(name, {"model_type": model_type, **shape, **fields})
+def _case(
+    name: str, model_type: str, shape: Mapping[str, Any], prompt_lens: tuple[int, ...] = (3, 8, 17), **fields: Any
+) -> Case:
+    return Case(name, {"model_type": model_type, **shape, **fields}, prompt_lens)
 
 
 CASES: dict[str, Case] = {
@@ -92,6 +95,7 @@ CASES: dict[str, Case] = {
             "llama_dynamic",
             "llama",
             SHAPE | {"max_position_embeddings": 16},
+            prompt_lens=(3, 12, 17),
             rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 300.0},
         ),
         _case("llama_llama3", "llama", SHAPE, rope_theta=500.0, rope_scaling={"rope_type": "llama3", **LLAMA3}),
@@ -276,11 +280,12 @@ def transformers_reference(folder: Path, case: Case) -> dict[str, np.ndarray]:
     assert not problems, f"transformers does not take {case.name}: {problems}"
     model.generation_config.eos_token_id = None
     with torch.no_grad():
-        logits = model(torch.tensor(case.tokens()[None].astype(np.int64)), use_cache=False).logits[0]
+        # A fresh model for each: a dynamic rope remembers the longest sequence it has seen.
+        logits = copy.deepcopy(model)(torch.tensor(case.tokens()[None].astype(np.int64)), use_cache=False).logits[0]
         arrays = {"logits": logits.numpy()}
         for i, prompt in enumerate(case.prompts()):
             ids = torch.tensor([prompt])
-            out = model.generate(
+            out = copy.deepcopy(model).generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=NUM_GENERATED,

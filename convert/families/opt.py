@@ -1,4 +1,4 @@
-"""OPT: GPT-3's shape with relu, positions from row 2 of their table; in 350m norms after the sums, a narrow embedding."""
+"""OPT: GPT-3's shape with relu, positions from row 2; in 350m norms after the sums and narrow embeddings."""
 
 from __future__ import annotations
 
