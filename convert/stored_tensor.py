@@ -33,7 +33,7 @@ class StoredTensor(NamedTuple):
 
         Raises CheckpointError where the file is gone or has become shorter since it was opened.
         """
-        # Pages of its own go back to the system with the array; malloc would keep holes as large as 12 % of all weights.
+        # Pages of its own go back to the system with the array; malloc would keep holes, 12 % of all weights.
         pages = mmap.mmap(-1, max(self.nbytes, 1))
         try:
             with self.file.open("rb", buffering=0) as stream:

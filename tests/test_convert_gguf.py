@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from real_model import smollm2_gguf
-from tiny_models import CASES, NEOX_SHAPE, SHAPE, SOFTCAPS, Case, weight
+from tiny_models import CASES, NEOX_SHAPE, SHAPE, SOFTCAPS, weight
 
 from jaxpaged.convert.__main__ import convert
 from jaxpaged.convert.checkpoint import open_checkpoint
@@ -28,33 +28,29 @@ DEEP = SHAPE | {"num_hidden_layers": 7}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5}
 
 
-def case(name: str, model_type: str, shape: Mapping[str, Any], **fields: Any) -> Case:
-    return Case(name, {"model_type": model_type, **shape, **fields})
-
-
 # What GGUF can say of the families; where a family's own case asks for more, a case of ours stands here.
-ARCHITECTURES: dict[str, tuple[str, Case]] = {
-    "llama": ("llama", CASES["llama"]),
-    "llama_biases_tied": ("llama", CASES["llama_biases_tied"]),
-    "llama_heads": ("llama", CASES["llama_9_heads_3_kv_head_dim_24"]),
-    "llama_linear": ("llama", CASES["llama_linear"]),
-    "llama_yarn": ("llama", CASES["llama_yarn"]),
-    "mistral": ("llama", CASES["mistral"]),
-    "qwen2": ("qwen2", CASES["qwen2"]),
-    "qwen3": ("qwen3", CASES["qwen3"]),
-    "gemma": ("gemma", CASES["gemma"]),
-    "gemma2": ("gemma2", case("gemma2", "gemma2", DEEP, **GEMMA, **SOFTCAPS)),
-    "gemma3": ("gemma3", case("gemma3", "gemma3_text", DEEP, **GEMMA, rope_theta=2000.0, rope_local_base_freq=50.0)),
-    "phi": ("phi2", CASES["phi"]),
-    "phi3": ("phi3", CASES["phi3"]),
-    "phi3_longrope": ("phi3", CASES["phi3_longrope"]),
-    "gpt2": ("gpt2", CASES["gpt2"]),
-    "gpt_neox": ("gptneox", case("gpt_neox", "gpt_neox", NEOX_SHAPE, rotary_pct=0.5, rotary_emb_base=100.0)),
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", dict(CASES["llama"].config)),
+    "llama_biases_tied": ("llama", dict(CASES["llama_biases_tied"].config)),
+    "llama_heads": ("llama", dict(CASES["llama_9_heads_3_kv_head_dim_24"].config)),
+    "llama_linear": ("llama", dict(CASES["llama_linear"].config)),
+    "llama_yarn": ("llama", dict(CASES["llama_yarn"].config)),
+    "mistral": ("llama", dict(CASES["mistral"].config)),
+    "qwen2": ("qwen2", dict(CASES["qwen2"].config)),
+    "qwen3": ("qwen3", dict(CASES["qwen3"].config)),
+    "gemma": ("gemma", dict(CASES["gemma"].config)),
+    "gemma2": ("gemma2", dict(DEEP, model_type="gemma2", **GEMMA, **SOFTCAPS)),
+    "gemma3": ("gemma3", dict(DEEP, model_type="gemma3_text", **GEMMA, rope_theta=2000.0, rope_local_base_freq=50.0)),
+    "phi": ("phi2", dict(CASES["phi"].config)),
+    "phi3": ("phi3", dict(CASES["phi3"].config)),
+    "phi3_longrope": ("phi3", dict(CASES["phi3_longrope"].config)),
+    "gpt2": ("gpt2", dict(CASES["gpt2"].config)),
+    "gpt_neox": ("gptneox", dict(NEOX_SHAPE, model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=100.0)),
     "gpt_neox_serial": (
         "gptneox",
-        case("gpt_neox", "gpt_neox", NEOX_SHAPE, rotary_pct=1.0, use_parallel_residual=False),
+        dict(NEOX_SHAPE, model_type="gpt_neox", rotary_pct=1.0, use_parallel_residual=False),
     ),
-    "smollm3": ("smollm3", case("smollm3", "smollm3", DEEP, rope_theta=100.0, no_rope_layer_interval=4)),
+    "smollm3": ("smollm3", dict(DEEP, model_type="smollm3", rope_theta=100.0, no_rope_layer_interval=4)),
 }
 
 
@@ -163,9 +159,10 @@ def write_gguf(path: Path, architecture: str, config: Mapping[str, Any], extra: 
     return path
 
 
-@pytest.mark.parametrize(("architecture", "case"), ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_spec_and_tensors_are_those_of_the_hf_checkpoint(tmp_path: Path, architecture: str, case: Case) -> None:
-    config = dict(case.config)
+@pytest.mark.parametrize(("architecture", "config"), ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_spec_and_tensors_are_those_of_the_hf_checkpoint(
+    tmp_path: Path, architecture: str, config: dict[str, Any]
+) -> None:
     checkpoint = open_checkpoint(write_gguf(tmp_path / "x.gguf", architecture, config))
     recipe = recipe_for(checkpoint)
 
@@ -211,8 +208,8 @@ def test_llama3_scaling_comes_back_as_its_divisors(tmp_path: Path) -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # of others it reads the config in part
 def test_transformers_reads_the_same_model_from_gguf(tmp_path: Path, name: str) -> None:
-    architecture, case = ARCHITECTURES[name]
-    path = write_gguf(tmp_path / "x.gguf", architecture, dict(case.config))
+    architecture, config = ARCHITECTURES[name]
+    path = write_gguf(tmp_path / "x.gguf", architecture, config)
     done = convert(str(path), tmp_path / "native", verify=True)
     assert done.comparison is not None
     assert done.comparison.max_error < 1e-4
