@@ -10,7 +10,6 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxpaged.config import EngineConfig
-from jaxpaged.convert.checkpoint import open_checkpoint
 from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import LoadedModel, load
 from jaxpaged.engine.engine import Engine, OutputKind, Prompt, request_ids

@@ -37,7 +37,7 @@ def paged_attention(
     scales: Float[Array, "P page_size 2 K"] | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "S H D"]:
-    """Decode: row s of q is the newest of the kv_lens[s] tokens of sequence s. Raises ValueError on shapes that do not fit."""
+    """Decode: row s of q is the newest of sequence s's kv_lens[s] tokens. Raises ValueError on shapes that do not fit."""
     _check(q, pages, page_table, kv_lens, backend)
     if q.shape[0] != kv_lens.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows but kv_lens has {kv_lens.shape[0]}; decode takes one query each")
@@ -68,7 +68,16 @@ def ragged_paged_attention(
     if cu_q_lens.shape[0] != kv_lens.shape[0] + 1:
         raise ValueError(f"cu_q_lens has {cu_q_lens.shape[0]} entries; {kv_lens.shape[0]} sequences need one more")
     return reference.ragged_paged_attention(
-        q, pages, page_table, cu_q_lens, kv_lens, scale=scale, window=window, softcap=softcap, sinks=sinks, scales=scales
+        q,
+        pages,
+        page_table,
+        cu_q_lens,
+        kv_lens,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        scales=scales,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
 from jaxpaged.kernels.reference import attention
 
@@ -65,7 +66,15 @@ def ragged(pool, q, q_lens, scale, options):
     sinks = None if options.sinks is None else jnp.asarray(options.sinks)
     op = jax.jit(ragged_paged_attention, static_argnames=("scale", "window", "softcap"))
     got = op(
-        q, pool.pages, pool.table, cu, pool.kv_lens, scale=scale, window=options.window, softcap=options.softcap, sinks=sinks
+        q,
+        pool.pages,
+        pool.table,
+        cu,
+        pool.kv_lens,
+        scale=scale,
+        window=options.window,
+        softcap=options.softcap,
+        sinks=sinks,
     )
     want = np.zeros(q.shape, np.float64)
     for s, length in enumerate(q_lens):
@@ -129,9 +138,7 @@ def test_options_mean_the_same_paged_and_dense(options):
     np.testing.assert_allclose(got, want, atol=1e-5)
     sinks = None if options.sinks is None else jnp.asarray(options.sinks)
     q, k, v = (jnp.asarray(x) for x in (q[:30], pool.k[0], pool.v[0]))
-    dense = attention(
-        q, k, v, scale=0.3, window=options.window, softcap=options.softcap, sinks=sinks
-    )
+    dense = attention(q, k, v, scale=0.3, window=options.window, softcap=options.softcap, sinks=sinks)
     np.testing.assert_allclose(dense, want[:30], atol=1e-5)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,7 +62,9 @@ def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]
 def choose(plan: Plan, buckets: Sequence[Bucket]) -> Bucket:
     """The smallest bucket that holds the plan. The scheduler's limits make sure that there is one."""
     decodes, tokens, chunks = len(plan.decodes), plan.num_chunk_tokens, len(plan.chunks)
-    return next(b for b in buckets if b.num_decodes >= decodes and b.num_chunk_tokens >= tokens and b.num_chunks >= chunks)
+    return next(
+        b for b in buckets if b.num_decodes >= decodes and b.num_chunk_tokens >= tokens and b.num_chunks >= chunks
+    )
 
 
 def rows_of(plan: Plan, bucket: Bucket) -> Iterator[tuple[int, Chunk]]:
@@ -76,15 +78,16 @@ def pack(
 ) -> StepInputs:
     """The plan as a step's inputs. `feedback` has the row of the step before for each sequence it sampled, unread."""
     tokens, decodes = bucket.num_tokens, bucket.num_decodes
-    token_ids = np.zeros(tokens, np.int32)
-    source = np.full(tokens, -1, np.int32)
-    positions = np.zeros(tokens, np.int32)
-    rope_lens = np.ones(tokens, np.int32)
-    slots = np.full(tokens, num_pages * page_size, np.int32)  # past the pool: dropped
-    page_table = np.zeros((decodes + bucket.num_chunks, max_pages), np.int32)
-    kv_lens = np.zeros(decodes + bucket.num_chunks, np.int32)
-    cu_q_lens = np.zeros(bucket.num_chunks + 1, np.int32)
-    logit_rows = np.concatenate([np.arange(decodes, dtype=np.int32), np.zeros(bucket.num_chunks, np.int32)])
+    token_ids = _full(tokens, 0)
+    source = _full(tokens, -1)
+    positions = _full(tokens, 0)
+    rope_lens = _full(tokens, 1)
+    slots = _full(tokens, num_pages * page_size)  # past the pool: dropped
+    page_table = _full((bucket.num_rows, max_pages), 0)
+    kv_lens = _full(bucket.num_rows, 0)
+    cu_q_lens = _full(bucket.num_chunks + 1, 0)
+    logit_rows = _full(bucket.num_rows, 0)
+    logit_rows[:decodes] = np.arange(decodes)
 
     for row, (sequence, start, _, _) in enumerate(plan.decodes):
         page_table[row] = sequence.page_table
@@ -112,21 +115,19 @@ def pack(
         at += length
         cu_q_lens[index + 1 :] = at - decodes
         logit_rows[row] = at - 1
-    return StepInputs(
-        token_ids, source, positions, rope_lens, slots, page_table, kv_lens, cu_q_lens, logit_rows
-    )
+    return StepInputs(token_ids, source, positions, rope_lens, slots, page_table, kv_lens, cu_q_lens, logit_rows)
 
 
 def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs:
     """How each row is sampled; rows without a sequence are greedy."""
     rows = bucket.num_rows
-    temperature = np.zeros(rows, np.float32)
-    top_k = np.full(rows, vocab_size, np.int32)
-    top_p = np.ones(rows, np.float32)
-    min_p = np.zeros(rows, np.float32)
-    seeds = np.zeros((rows, 2), np.uint32)
-    positions = np.zeros(rows, np.int32)
-    want_logprobs = False
+    temperature = _full(rows, 0, np.float32)
+    top_k = _full(rows, vocab_size)
+    top_p = _full(rows, 1, np.float32)
+    min_p = _full(rows, 0, np.float32)
+    seeds = _full((rows, 2), 0, np.uint32)
+    positions = _full(rows, 0)
+    want_logprobs = _full((), False, np.bool_)
     for row, (sequence, start, length, samples) in rows_of(plan, bucket):
         params = sequence.params
         want_logprobs |= samples and params.logprobs is not None
@@ -138,24 +139,26 @@ def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs
         min_p[row] = params.min_p
         seeds[row] = sequence.seed
         positions[row] = start + length
-    return SamplingInputs(temperature, top_k, top_p, min_p, seeds, positions, np.asarray(want_logprobs))
+    return SamplingInputs(temperature, top_k, top_p, min_p, seeds, positions, want_logprobs)
 
 
 def pack_edits(edits: Mapping[int, RowEdits], num_rows: int) -> Iterator[Edits]:
     """All rows' edits in pieces of `EDITS_PER_CALL`, the last one padded with a row past the end."""
     if not edits:
         return
-    rows = np.concatenate([np.full(len(e.token_ids), row, np.int32) for row, e in edits.items()])
+    row = np.concatenate([np.full(len(e.token_ids), row, np.int32) for row, e in edits.items()])
     tokens, factor, add = (np.concatenate(parts) for parts in zip(*edits.values(), strict=True))
-    for begin in range(0, len(rows), EDITS_PER_CALL):
-        piece = slice(begin, begin + EDITS_PER_CALL)
-        missing = EDITS_PER_CALL - len(rows[piece])
-        yield Edits(
-            np.pad(rows[piece], (0, missing), constant_values=num_rows),
-            np.pad(tokens[piece], (0, missing)),
-            np.pad(factor[piece], (0, missing), constant_values=1.0),
-            np.pad(add[piece], (0, missing)),
+    for begin in range(0, len(row), EDITS_PER_CALL):
+        size = min(EDITS_PER_CALL, len(row) - begin)
+        padded = Edits(
+            _full(EDITS_PER_CALL, num_rows),
+            _full(EDITS_PER_CALL, 0),
+            _full(EDITS_PER_CALL, 1, np.float32),
+            _full(EDITS_PER_CALL, 0, np.float32),
         )
+        for to, values in zip(padded, (row, tokens, factor, add), strict=True):
+            to[:size] = values[begin : begin + size]
+        yield padded
 
 
 def pack_allowed(plan: Plan, bucket: Bucket, vocab_size: int) -> np.ndarray | None:
@@ -170,3 +173,8 @@ def pack_allowed(plan: Plan, bucket: Bucket, vocab_size: int) -> np.ndarray | No
         bits[row] = 0
         np.bitwise_or.at(bits[row], ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
     return bits
+
+
+def _full(shape: int | tuple[int, ...], value: float, dtype: Any = np.int32) -> Any:
+    """A numpy array; not typed as one, since the step takes it where its signature says jax.Array."""
+    return np.full(shape, value, dtype)

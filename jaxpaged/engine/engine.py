@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal, NamedTuple
@@ -81,7 +82,7 @@ class Engine:
         eos_token_ids: Seq[int] = (),
         show_progress: bool = False,
     ) -> None:
-        """Make the pool and, with `config.warmup`, compile. Raises ConfigError where model, memory and config do not fit."""
+        """Make the pool; with `config.warmup`, compile. Raises ConfigError where model, memory or config do not fit."""
         self.config = config or EngineConfig()
         self.spec = spec
         self.tokenizer = tokenizer
@@ -304,7 +305,10 @@ class Engine:
     def _finish(
         self, sequence: Sequence, detokenizer: Detokenizer, reason: FinishReason, stop_reason: str | int | None
     ) -> None:
+        pages = [page for page in sequence.pages if self.pool.references(page) == 1]
         self.scheduler.finish(sequence, reason, stop_reason)
+        if reason == "error":
+            self.runner.scrub(pages)
         detokenizer.finish()
 
     def _is_due(self, tracked: _Tracked) -> bool:
@@ -350,7 +354,7 @@ class Engine:
         if tracked is None or tracked.request.prompt_logprobs is None:
             return
         wanted = part.sequence.params.prompt_logprobs or 0
-        for row in range(part.count):
+        for row in range(part.num_rows):
             position = part.start + row
             token = part.sequence.token_ids[position]
             tracked.request.prompt_logprobs[position] = self._token_logprobs(part.logprobs, row, token, wanted)

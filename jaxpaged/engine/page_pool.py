@@ -139,6 +139,15 @@ class PagePool:
         self.retain(pages)
         return pages, digests
 
+    def unpublish(self, pages: Iterable[int]) -> None:
+        """Nobody shall find these pages again; who holds them keeps them."""
+        for page in pages:
+            if page in self._contents:
+                self._forget(page)
+            if page in self._cached:
+                del self._cached[page]
+                self._free.append(page)
+
     def reset_prefix_cache(self) -> None:
         """Forget all contents; held pages stay with their holders."""
         self._free.extend(self._cached)

@@ -27,7 +27,7 @@ from jaxpaged.engine.request import Sequence
 from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.errors import ConfigError
 from jaxpaged.model import sampling
-from jaxpaged.model.cache import KVCache, init_cache, page_bytes
+from jaxpaged.model.cache import KVCache, init_cache, page_bytes, scrub
 from jaxpaged.model.params import Params, check_params
 from jaxpaged.model.sampling import Edits, Logprobs, SamplingInputs, StepOutputs
 from jaxpaged.model.spec import Decoder
@@ -41,11 +41,11 @@ _COMPILE_RESERVE = 0.02  # of a GPU's memory, for activations
 
 
 class PromptPart(NamedTuple):
-    """Logprobs of some prompt tokens of one chunk: those at positions start .. start + count."""
+    """Logprobs of some prompt tokens of one chunk: those at positions start .. start + num_rows."""
 
     sequence: Sequence
     start: int
-    count: int
+    num_rows: int
     logprobs: Logprobs
 
 
@@ -89,7 +89,7 @@ class Runner:
     def warm_up(self, *, show_progress: bool = True) -> None:
         """Compile every function for every bucket, so that no later step compiles."""
         started = time.monotonic()
-        jobs: list[Callable[[], object]] = []
+        jobs: list[Callable[[], object]] = [self._scrub]
         for bucket in self.buckets:
             jobs.append(partial(self._forward, bucket))
             jobs += [partial(f, bucket.num_rows) for f in (self._sample, self._edit, self._restrict)]
@@ -127,6 +127,12 @@ class Runner:
             outputs=outputs,
             prompt_parts=[p._replace(logprobs=lp) for p, lp in zip(step.prompt_parts, parts, strict=True)],
         )
+
+    def scrub(self, pages: list[int]) -> None:
+        """Zero these pages, after all that has been dispatched."""
+        ids = np.full(self.max_pages, self.cache.num_pages, np.int32)
+        ids[: len(pages)] = pages
+        self.cache = self._scrub()(self.cache, ids)
 
     def _edited(self, raw: jax.Array, plan: Plan, bucket: Bucket) -> jax.Array:
         """The logits to sample from: `raw` itself unless a sequence wants some changed."""
@@ -215,7 +221,10 @@ class Runner:
         rows = _shape(_PROMPT_ROWS)
         return self._compile(("prompt_logprobs", tokens), function, self.params, hidden, rows, rows)
 
-    def _logits(self, rows: int) -> jax.ShapeDtypeStruct:
+    def _scrub(self) -> Callable[..., KVCache]:
+        return self._compile(("scrub", 0), jax.jit(scrub, donate_argnums=0), self.cache, _shape(self.max_pages))
+
+    def _logits(self, rows: int) -> Any:
         return _shape(rows, self.spec.vocab_size, dtype=np.float32)
 
     def _affordable_pages(self, config: EngineConfig) -> int:
@@ -232,11 +241,11 @@ class Runner:
                 f"a page takes {self.page_bytes:,} bytes but {max(budget, 0):,} are free for the pool; "
                 "raise memory_utilization, or free memory"
             )
-        return min(affordable, useful)
+        return int(min(affordable, useful))
 
 
 def _fitting_model_len(spec: Decoder, config: EngineConfig, num_pages: int) -> int:
-    """The longest sequence: as asked for, else what model and pool allow. Raises ConfigError where the pool is too small."""
+    """The longest sequence: as asked for, else what model and pool allow. Raises ConfigError where it does not fit."""
     room = (num_pages - 1) * config.page_size
     if config.max_model_len is None:
         return min(spec.max_positions, room)
@@ -253,7 +262,8 @@ def _fitting_model_len(spec: Decoder, config: EngineConfig, num_pages: int) -> i
     return config.max_model_len
 
 
-def _shape(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+def _shape(*shape: int, dtype: Any = np.int32) -> Any:
+    """Stands for an array while compiling; not typed, since signatures say jax.Array."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -266,8 +276,8 @@ def _free_host_memory() -> int:
 
 
 def _use_compilation_cache(directory: str | Path | None) -> None:
-    """Keep compiled steps between runs, in the given folder or, unless the program has chosen one, in the user's cache."""
-    if directory is None and jax.config.jax_compilation_cache_dir is not None:
+    """Keep compiled steps between runs: in the given folder, else where the program says, else in the user's cache."""
+    if directory is None and jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = Path(directory) if directory is not None else home / "jaxpaged" / "compiled"

@@ -94,7 +94,7 @@ class Scheduler:
         return plan
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """The one way out, for any reason and from any state: gives the pages back."""
+        """The one way out, for any reason, from any state: gives the pages back, after an error as if never filled."""
         if sequence.finished:
             return
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
@@ -102,7 +102,10 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        self._publish(sequence)
+        if reason == "error":
+            self.pool.unpublish(sequence.pages)
+        else:
+            self._publish(sequence)
         self._release(sequence)
 
     def _admit(self, plan: Plan, budget: int) -> None:
@@ -112,7 +115,7 @@ class Scheduler:
                 return
             self._start(sequence)
             length = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            # All its pages must be there, and one more for each that runs: admitted now, preempted next step helps nobody.
+            # All its pages must be there, and one for each that runs: to be preempted at once would help nobody.
             missing = self._pages_for(sequence.num_tokens) - len(sequence.pages)
             fits = missing + len(self.running) <= self.pool.num_available
             crowded = length > 1 and len(plan.chunks) == self.max_num_chunks
@@ -147,7 +150,7 @@ class Scheduler:
         self._publish(sequence)
 
     def _publish(self, sequence: Sequence) -> None:
-        """Make known every page that is full of known tokens. Steps run in order, so a later one may read it already."""
+        """Make known every page full of known tokens. Steps run in order, so a later one may read it already."""
         size = self.pool.page_size
         full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // size
         for index in range(len(sequence.digests), full):

@@ -7,6 +7,7 @@ each can be donated and updated in place (a pool stacked over layers would be co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +19,25 @@ from jaxpaged.model.spec import Decoder
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all computed tokens, a pool per layer."""
+    """Keys and values of all computed tokens, a pool per layer (as in any pytree, JAX may put other leaves there)."""
 
-    pools: tuple[Array, ...]
+    pools: tuple[Any, ...]
 
     @property
     def num_pages(self) -> int:
         """Pages of each pool, the null page included."""
-        return self.pools[0].shape[0]
+        return int(self.pools[0].shape[0])
 
     @property
     def page_size(self) -> int:
         """Tokens a page holds."""
-        return self.pools[0].shape[1]
+        return int(self.pools[0].shape[1])
 
 
 def init_cache(spec: Decoder, num_pages: int, page_size: int, dtype: jnp.dtype | str) -> KVCache:
     """An empty cache of `num_pages` pages, the null page included, on the default device."""
     return KVCache(
-        tuple(
-            jnp.zeros((num_pages, page_size, 2, b.mixer.kv_heads, b.mixer.head_dim), dtype) for b in spec.blocks
-        )
+        tuple(jnp.zeros((num_pages, page_size, 2, b.mixer.kv_heads, b.mixer.head_dim), dtype) for b in spec.blocks)
     )
 
 
@@ -48,10 +47,15 @@ def page_bytes(spec: Decoder, page_size: int, dtype: jnp.dtype | str) -> int:
     return numbers * page_size * jnp.dtype(dtype).itemsize
 
 
-def write(
-    pool: Array, k: Float[Array, "T K D"], v: Float[Array, "T K D"], slots: Int[Array, " T"]
-) -> Array:
-    """The pool with token t's key and value at `slots[t]` = page * page_size + offset; slots past the pool are dropped."""
+def write(pool: Array, k: Float[Array, "T K D"], v: Float[Array, "T K D"], slots: Int[Array, " T"]) -> Array:
+    """The pool with token t's key and value at slots[t] = page * page_size + offset; slots past the pool are dropped."""
     pages, page_size, *rest = pool.shape
     kv = jnp.stack([k, v], 1).astype(pool.dtype)
     return pool.reshape(pages * page_size, *rest).at[slots].set(kv, mode="drop").reshape(pool.shape)
+
+
+def scrub(cache: KVCache, page_ids: Int[Array, " N"]) -> KVCache:
+    """The cache with these pages zeroed; ids past the pool are dropped. Needed where a page may hold NaN: a masked
+    position has weight 0, and 0 x NaN would reach whoever gets the page next.
+    """
+    return KVCache(tuple(pool.at[page_ids].set(jnp.zeros((), pool.dtype), mode="drop") for pool in cache.pools))

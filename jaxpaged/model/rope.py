@@ -52,7 +52,10 @@ def rope_table(rope: Rope, positions: Int[Array, " T"], rope_lens: Int[Array, " 
             short = base / np.asarray(scaling.short_factor, np.float32)
             long = base / np.asarray(scaling.long_factor, np.float32)
             is_long = (rope_lens > scaling.original_max_positions)[:, None]
-            freqs, factor = jnp.where(is_long, jnp.asarray(long)[None], jnp.asarray(short)[None]), scaling.attention_factor
+            freqs, factor = (
+                jnp.where(is_long, jnp.asarray(long)[None], jnp.asarray(short)[None]),
+                scaling.attention_factor,
+            )
     angles = positions.astype(jnp.float32)[:, None] * freqs
     return RopeTable(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
@@ -76,7 +79,9 @@ def _llama3(base: np.ndarray, s: Llama3Scaling) -> np.ndarray:
     shortest_scaled = s.original_max_positions / s.low_freq_factor
     smooth = (s.original_max_positions / wavelengths - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     between = (1 - smooth) * base / s.factor + smooth * base
-    scaled = np.where(wavelengths > shortest_scaled, base / s.factor, np.where(wavelengths < longest_kept, base, between))
+    scaled = np.where(
+        wavelengths > shortest_scaled, base / s.factor, np.where(wavelengths < longest_kept, base, between)
+    )
     return scaled.astype(np.float32)
 
 
@@ -90,4 +95,5 @@ def _yarn(base: np.ndarray, rope: Rope, s: YarnScaling) -> np.ndarray:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
     ramp = np.clip((np.arange(rope.dim // 2, dtype=np.float32) - low) / max(high - low, 1e-3), 0, 1)
-    return (base / s.factor * ramp + base * (1 - ramp)).astype(np.float32)
+    scaled: np.ndarray = base / s.factor * ramp + base * (1 - ramp)
+    return scaled.astype(np.float32)

@@ -22,8 +22,8 @@ from jaxpaged.model.spec import Attention, Decoder
 class StepInputs(NamedTuple):
     """What one step computes: T tokens of S = D + E sequences, of which D decode. Padding everywhere is harmless.
 
-    A token whose `feedback` is not -1 is not in `token_ids` yet: it is row `feedback` of the tokens that the step before
-    sampled, still on the device.
+    A token whose `feedback` is not -1 is not in `token_ids` yet: it is row `feedback` of what the step before sampled,
+    still on the device.
     """
 
     token_ids: Int[Array, " T"]
@@ -54,9 +54,7 @@ def forward(
     num_decode = inputs.kv_lens.shape[0] - (inputs.cu_q_lens.shape[0] - 1)
     num_tokens = inputs.token_ids.shape[0]
 
-    def attend(
-        pool: Array, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None
-    ) -> tuple[Array, Array]:
+    def attend(pool: Array, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Array]:
         pool = kv_cache.write(pool, k, v, inputs.slots)
         parts = []
         if num_decode > 0:
