@@ -12,6 +12,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).parents[1]
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the processes that tests start
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
@@ -24,11 +26,17 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxp
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-# The shapes in signatures are checked wherever a test calls or traces a function.
-jaxtyping.install_import_hook(["jaxpaged.model", "jaxpaged.kernels"], "beartype.beartype")
+# The shapes in signatures are checked wherever a test calls or traces a function. Not in model.cache: JAX builds the
+# pytree KVCache from whatever it maps a function to, so its fields are not always the arrays they are declared as.
+MODEL = [
+    f"jaxpaged.model.{p.stem}"
+    for p in (ROOT / "jaxpaged" / "model").glob("*.py")
+    if p.stem not in ("__init__", "cache")
+]
+jaxtyping.install_import_hook([*MODEL, "jaxpaged.kernels"], "beartype.beartype")
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 
 Arrays = Mapping[str, np.ndarray]
 
