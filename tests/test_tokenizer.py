@@ -6,12 +6,13 @@ import json
 
 import pytest
 import tokenizers
+import transformers
 from real_model import smollm2_gguf
 from tiny_vocabularies import byte_level_metadata, sentencepiece_metadata
 
 from jaxpaged.convert.gguf_reader import gguf_metadata
-from jaxpaged.engine.gguf_vocab import CUTS
 from jaxpaged.engine.tokenizer import load_tokenizer
+from jaxpaged.engine.vocabulary import CUTS
 from jaxpaged.errors import CheckpointError, RequestError
 
 CHATML = (
@@ -29,6 +30,12 @@ def metadata():
 @pytest.fixture(scope="module")
 def smollm2(metadata):
     return load_tokenizer(metadata)
+
+
+def vocab_and_merges(metadata):
+    """As transformers' tokenizers take them."""
+    model = json.loads(load_tokenizer(metadata).backend.to_str())["model"]
+    return {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}
 
 
 def write_directory(directory, tokenizer, config=None, generation=None, **settings):
@@ -79,19 +86,10 @@ def test_token_texts_keep_their_space_and_show_special_tokens(smollm2):
 # The pipelines of GGUF files, beside those that transformers builds
 
 
-def transformers_pipeline(pre, vocab, merges):
-    from transformers import GPT2Tokenizer, Qwen2Tokenizer
-
-    kinds = {"gpt-2": GPT2Tokenizer, "qwen2": Qwen2Tokenizer}
-    return kinds[pre](vocab=vocab, merges=merges).backend_tokenizer
-
-
-@pytest.mark.parametrize("pre", ["gpt-2", "qwen2"])
-def test_byte_level_pipeline_equals_transformers(metadata, pre):
+@pytest.mark.parametrize(("pre", "kind"), [("gpt-2", "GPT2Tokenizer"), ("qwen2", "Qwen2Tokenizer")])
+def test_byte_level_pipeline_equals_transformers(metadata, pre, kind):
     ours = load_tokenizer(metadata | {"tokenizer.ggml.pre": pre})
-    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    theirs = transformers_pipeline(pre, vocab, merges)
+    theirs = getattr(transformers, kind)(**vocab_and_merges(metadata)).backend_tokenizer
     assert ours.encode(UGLY) == theirs.encode(UGLY, add_special_tokens=False).ids
 
 
@@ -103,13 +101,8 @@ def test_llama3_pipeline_cuts_as_transformers(metadata):
 
 
 def test_sentencepiece_pipeline_equals_transformers():
-    from transformers import LlamaTokenizer
-
     metadata = sentencepiece_metadata()
-    ours = load_tokenizer(metadata)
-    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = [tuple(m) for m in json.loads(ours.backend.to_str())["model"]["merges"]]
-    theirs = LlamaTokenizer(vocab=vocab, merges=merges)
+    ours, theirs = load_tokenizer(metadata), transformers.LlamaTokenizer(**vocab_and_merges(metadata))
     for text in ("banana an", "a  b", "nab世bana", ""):
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ours.encode(text)) == text
@@ -187,16 +180,37 @@ def test_no_tokenizer_is_none(tmp_path):
 
 
 def test_directory_equals_autotokenizer(tmp_path, smollm2):
-    from transformers import AutoTokenizer
-
     directory = write_directory(
         tmp_path, smollm2, tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>", chat_template=CHATML
     )
-    ours, theirs = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    ours, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": UGLY}]
     assert ours.encode(UGLY) == theirs.encode(UGLY)
     assert ours.decode(ours.encode(UGLY)) == theirs.decode(theirs.encode(UGLY), skip_special_tokens=True)
     assert ours.encode_chat(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocabulary", "options"),
+    [
+        ("LlamaTokenizer", sentencepiece_metadata, {}),
+        ("LlamaTokenizer", sentencepiece_metadata, {"add_prefix_space": False, "add_eos_token": True}),
+        ("GemmaTokenizer", sentencepiece_metadata, {}),
+        ("Qwen2Tokenizer", byte_level_metadata, {}),
+        ("GPT2Tokenizer", byte_level_metadata, {}),
+        ("GPTNeoXTokenizer", byte_level_metadata, {}),
+        ("CodeGenTokenizer", byte_level_metadata, {}),
+    ],
+)
+def test_what_transformers_saves_reads_the_same(tmp_path, kind, vocabulary, options):
+    theirs = getattr(transformers, kind)(**vocab_and_merges(vocabulary()), **options)
+    theirs.save_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.encode(UGLY + "<s></s>")
+    assert ours.encode(UGLY + "<s></s>") == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+    assert ours.eos_token_ids == {theirs.eos_token_id}
 
 
 def test_eos_ids_are_those_of_both_configs_and_the_tokenizer(tmp_path, smollm2):
@@ -237,17 +251,39 @@ def test_unreadable_file_is_named(tmp_path, smollm2, name, text):
     assert "\n" not in str(caught.value)
 
 
-def test_vocabulary_older_than_tokenizer_json_is_converted(tmp_path):
-    """GPT-2's files of 2019: vocab.json and merges.txt."""
+def write_gpt2_files(directory, model_type, **settings):
+    """As of 2019: vocab.json and merges.txt; four special tokens of OPT before, GPT-2's own behind."""
     metadata = byte_level_metadata()
-    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(metadata["tokenizer.ggml.merges"]))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "eos_token_id": 263}))
-    tokenizer = load_tokenizer(tmp_path)
-    text = "123 banana, an ana's"
-    assert tokenizer.encode(text) == load_tokenizer(metadata).encode(text)
-    assert 263 in tokenizer.eos_token_ids
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *metadata["tokenizer.ggml.tokens"], "<|endoftext|>"]
+    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    merges = "\n".join(["#version: 0.2", *metadata["tokenizer.ggml.merges"], ""])
+    (directory / "merges.txt").write_text(merges)
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type, "eos_token_id": 2}))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+OPT = {
+    "tokenizer_class": "GPT2Tokenizer",
+    "add_bos_token": True,
+    **{name: {"content": "</s>", "__type": "AddedToken"} for name in ("bos_token", "eos_token", "unk_token")},
+    "pad_token": "<pad>",
+}
+
+
+@pytest.mark.parametrize(("model_type", "settings"), [("gpt2", {}), ("opt", OPT)])
+def test_gpt2_files_read_as_transformers_reads_them(tmp_path, model_type, settings):
+    directory = write_gpt2_files(tmp_path, model_type, **settings)
+    ours, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    text = "123 banana</s>, <pad> an ana's <|endoftext|>" + UGLY
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+    assert ours.eos_token_ids == {2, theirs.eos_token_id}
+
+
+def test_other_old_vocabularies_are_converted_by_transformers(tmp_path):
+    directory = write_gpt2_files(tmp_path, "qwen2", tokenizer_class="Qwen2Tokenizer")
+    assert load_tokenizer(directory).encode(UGLY) == transformers.AutoTokenizer.from_pretrained(directory).encode(UGLY)
 
 
 def test_vocabulary_that_nobody_can_convert_is_refused(tmp_path):

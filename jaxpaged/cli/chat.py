@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from jaxpaged.cli.options import add_engine_arguments, add_sampling_arguments, engine_options, sampling_params
@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     llm = LLM(args.model, **({"max_num_seqs": 1} | engine_options(args)))
     if llm.tokenizer is None or llm.tokenizer.chat_template is None:
         raise RequestError(f"{args.model} has no chat template; use `jaxpaged generate`")
+    with suppress(ImportError):  # not on every platform
+        import readline  # noqa: F401  # gives `input` line editing and a history
     print(HELP)
     chat = Chat(llm, params, args.system, show_stats=args.stats)
     try:

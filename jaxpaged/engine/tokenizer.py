@@ -15,10 +15,9 @@ from typing import Any
 import tokenizers
 
 from jaxpaged.engine.chat_template import Message, render_chat
-from jaxpaged.engine.gguf_vocab import tokenizer_from_metadata
-from jaxpaged.errors import CheckpointError, RequestError
-
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from jaxpaged.engine.gguf_vocab import gguf_vocabulary
+from jaxpaged.engine.hf_vocab import hf_vocabulary
+from jaxpaged.errors import RequestError
 
 
 class Tokenizer:
@@ -102,110 +101,20 @@ def load_tokenizer(source: str | Path | Mapping[str, Any]) -> Tokenizer | None:
 
     Raises CheckpointError where there is one that cannot be read.
     """
-    if isinstance(source, Mapping):
-        return _from_gguf(source) if "tokenizer.ggml.model" in source else None
-    return _from_directory(Path(source))
-
-
-def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    backend = tokenizer_from_metadata(metadata)
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "unknown")}
-    texts = {name: backend.id_to_token(i) for name, i in ids.items() if isinstance(i, int)}
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
-    return Tokenizer(
-        backend,
-        eos_token_ids=(i for name in ("eos", "eot", "eom") if isinstance(i := ids[name], int)),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        named_tokens={names[name]: text for name, text in texts.items() if name in names and text is not None},
-    )
-
-
-def _from_directory(directory: Path) -> Tokenizer | None:
-    settings = _read_json(directory / "tokenizer_config.json")
-    backend = _backend(directory)
-    if backend is None:
+    if not isinstance(source, Mapping):
+        found = hf_vocabulary(Path(source))
+    elif "tokenizer.ggml.model" in source:
+        found = gguf_vocabulary(source)
+    else:
+        found = None
+    if found is None:
         return None
-    _add_missing_tokens(backend, settings)
-
-    named = {name: text for name in NAMED_TOKENS if (text := _token_text(settings.get(name))) is not None}
-    configs = [_read_json(directory / name) for name in ("generation_config.json", "config.json")]
-    configs += [nested for config in configs if isinstance(nested := config.get("text_config"), dict)]
-    eos_token_ids = {i for config in configs for i in _ids(config.get("eos_token_id"))}
-    if (own := backend.token_to_id(named.get("eos_token", ""))) is not None:
-        eos_token_ids.add(own)
     return Tokenizer(
-        backend,
-        eos_token_ids=eos_token_ids,
-        chat_template=_chat_template(directory, settings),
-        named_tokens=named,
+        found.pipeline,
+        eos_token_ids=found.eos_token_ids,
+        chat_template=found.chat_template,
+        named_tokens=found.named_tokens,
     )
-
-
-def _backend(directory: Path) -> tokenizers.Tokenizer | None:
-    path = directory / "tokenizer.json"
-    if path.is_file():
-        try:
-            return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"cannot read {path}: {error}; fetch it again") from error
-    others = [name for name in ("tokenizer.model", "vocab.json", "spiece.model") if (directory / name).is_file()]
-    return _converted(directory, others[0]) if others else None
-
-
-def _converted(directory: Path, name: str) -> tokenizers.Tokenizer:
-    """A tokenizer older than tokenizer.json, which only transformers can convert."""
-    advice = f"{directory} has {name} but no tokenizer.json"
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise CheckpointError(f"{advice}; `pip install transformers` to convert it") from None
-    try:
-        converted = AutoTokenizer.from_pretrained(str(directory), use_fast=True, trust_remote_code=False)
-    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{advice}, and transformers cannot convert it: {reason}") from error
-    backend = getattr(converted, "backend_tokenizer", None)
-    if not isinstance(backend, tokenizers.Tokenizer):
-        raise CheckpointError(f"{advice}, and transformers has only a slow tokenizer for it; add a tokenizer.json")
-    return backend
-
-
-def _add_missing_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Add what tokenizer_config.json lists and an older tokenizer.json lacks, where the ids come out as listed."""
-    listed = settings.get("added_tokens_decoder") or {}
-    for token_id, token in sorted((int(i), t) for i, t in listed.items() if str(i).isdigit()):
-        text = _token_text(token)
-        if text is None or backend.token_to_id(text) is not None:
-            continue
-        if token_id != backend.get_vocab_size():
-            raise CheckpointError(
-                f"tokenizer_config.json gives {text!r} the id {token_id:,} but tokenizer.json's next free id is "
-                f"{backend.get_vocab_size():,}; the two files do not belong together"
-            )
-        flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip", "normalized", "single_word")}
-        backend.add_tokens([tokenizers.AddedToken(text, special=bool(token.get("special")), **flags)])
-
-
-def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    given = _read_json(directory / "chat_template.json").get("chat_template", settings.get("chat_template"))
-    if isinstance(given, list):  # several, by name
-        given = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}.get("default")
-    return given if isinstance(given, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; fetch it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object; fetch it again")
-    return values
 
 
 def _decoder_steps(backend: tokenizers.Tokenizer) -> list[str]:
@@ -237,12 +146,3 @@ def _bytes_of(token: str) -> bytes:
 
 def _excerpt(value: object) -> str:
     return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
-
-
-def _token_text(token: Any) -> str | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def _ids(given: Any) -> list[int]:
-    return [i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int)]
