@@ -81,16 +81,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert as the parsed arguments say and print a summary. Raises CheckpointError."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up when terminated, too
-    done = convert(
-        args.source,
-        args.destination,
-        dtype=args.dtype,
-        to_hf=args.to_hf,
-        verify=args.verify,
-        overwrite=args.overwrite,
-        show_progress=True,
-    )
+    # A conversion that is terminated cleans up as one that is interrupted.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        done = convert(
+            args.source,
+            args.destination,
+            dtype=args.dtype,
+            to_hf=args.to_hf,
+            verify=args.verify,
+            overwrite=args.overwrite,
+            show_progress=True,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     size = f"{done.num_params:,} parameters, {done.num_bytes:,} bytes"
     print(f"{done.destination}: {done.family}, {size}, {done.seconds:.1f} s")
     if done.comparison is not None:

@@ -25,7 +25,8 @@ Format = Literal["hf", "native", "gguf"]
 SPEC = "spec.json"
 CONFIG = "config.json"
 HF_CONFIG = "hf_config.json"
-"""The HF config in a native folder. Not config.json: transformers would take the folder for one of its own."""
+"""The HF config in a native folder, needed on the way back only. Under its usual name transformers would take the
+folder for one of its own, find no weight that it knows, and make some up."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 
@@ -72,7 +73,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if found.is_file():
         return _open_gguf(found)
     if (found / SPEC).is_file():
-        return Checkpoint(found, "native", _read_config(found / HF_CONFIG), read_folder(found))
+        config = _read_config(found / HF_CONFIG) if (found / HF_CONFIG).exists() else {}
+        return Checkpoint(found, "native", config, read_folder(found))
     if not (found / CONFIG).is_file():
         raise CheckpointError(_no_config(found))
     config = _read_config(found / CONFIG)

@@ -103,6 +103,8 @@ def gguf_config(path: object, file: GgufFile) -> Config:
         )
     if not facts.has("token_embd.weight") or len(facts.tensors["token_embd.weight"].shape) != 2:
         raise CheckpointError(f"{path} holds no matrix token_embd.weight; it is no complete language model")
+    if num_experts := facts.get("expert_count", 0):
+        raise CheckpointError(f"{path} has {num_experts} experts; mixtures of experts are not read from GGUF yet")
     config = _common(facts) | architecture.config(facts)
     return config | {"architectures": [_CLASSES[config["model_type"]]]}
 

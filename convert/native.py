@@ -72,6 +72,10 @@ def write_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Fill `folder` with the checkpoint as transformers reads it."""
+    if not checkpoint.config:
+        raise CheckpointError(
+            f"{checkpoint.path} has no {HF_CONFIG}, which the way back needs; convert the original again"
+        )
     config = text_config(checkpoint.config)
     family = family_of(config)
     if family.spec(config) != recipe.spec:

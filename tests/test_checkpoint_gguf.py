@@ -253,6 +253,10 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) 
     assert all(name in message for name in ARCHITECTURES)
 
 
+def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    assert "has 8 experts" in error_of(write_gguf(tmp_path / "x.gguf", "llama", {}, expert_count=8))
+
+
 def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_uint16("split.count", 3)

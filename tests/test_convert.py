@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import jaxpaged.convert.safetensors_writer as writer
 from jaxpaged.convert.__main__ import convert, main
 from jaxpaged.convert.checkpoint import open_checkpoint
 from jaxpaged.convert.families import family_of
@@ -276,8 +278,10 @@ def test_a_native_folder_loads_as_its_source_does(save: Save, tmp_path: Path) ->
 
 def test_a_native_folder_needs_its_spec_and_tensors_alone(save: Save, tmp_path: Path) -> None:
     convert(str(save(LLAMA | {"model_type": "mistral", "sliding_window": 8})), tmp_path / "native")
-    (tmp_path / "native" / "hf_config.json").write_text('{"model_type": "a name no family has"}')
+    (tmp_path / "native" / "hf_config.json").unlink()
     assert load(tmp_path / "native").spec.blocks[0].mixer.window == 8
+    message = error_of(convert, str(tmp_path / "native"), tmp_path / "back", to_hf=True)
+    assert "has no hf_config.json, which the way back needs" in message
 
 
 @pytest.mark.parametrize(
@@ -348,15 +352,28 @@ def nothing_left(tmp_path: Path) -> Any:
 def test_a_failing_disk_leaves_nothing(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
 ) -> None:
-    source = save()
-
-    def header(*args: Any) -> bytes:
+    def failing(*args: Any) -> bytes:
         raise OSError(number, "the disk's own words")
 
-    monkeypatch.setattr(writer, "_header", header)
-    message = error_of(convert, str(source), tmp_path / "native")
+    monkeypatch.setattr("jaxpaged.convert.safetensors_writer._header", failing)
+    message = error_of(convert, str(save()), tmp_path / "native")
     assert says in message
     assert "the disk's own words" in message
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_the_command_fails_with_one_line_where_files_may_not_grow(save: Save, tmp_path: Path) -> None:
+    program = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000));"
+        "runpy.run_module('jaxpaged.convert', run_name='__main__')"
+    )
+    arguments = [str(save()), str(tmp_path / "native")]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    error = done.stderr.splitlines()[-1]  # the progress bar stands before it
+    assert error.startswith("error: no room for")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -368,11 +385,17 @@ def test_too_little_room_is_found_before_writing(save: Save, tmp_path: Path, mon
 
 
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_nothing(
-    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    save: Save,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
 ) -> None:
     def interrupted(*args: Any) -> str:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
+        return "unreachable"
 
     monkeypatch.setattr("jaxpaged.convert.native.to_json", interrupted)
     assert main([str(save()), str(tmp_path / "native")]) == 130

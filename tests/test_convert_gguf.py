@@ -41,6 +41,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", dict(CASES["gemma"].config)),
     "gemma2": ("gemma2", dict(DEEP, model_type="gemma2", **GEMMA, **SOFTCAPS)),
     "gemma3": ("gemma3", dict(DEEP, model_type="gemma3_text", **GEMMA, rope_theta=2000.0, rope_local_base_freq=50.0)),
+    "gemma3_linear": (
+        "gemma3",
+        dict(
+            DEEP, model_type="gemma3_text", **GEMMA, rope_theta=1e6, rope_scaling={"rope_type": "linear", "factor": 8.0}
+        ),
+    ),
     "phi": ("phi2", dict(CASES["phi"].config)),
     "phi3": ("phi3", dict(CASES["phi3"].config)),
     "phi3_longrope": ("phi3", dict(CASES["phi3_longrope"].config)),
