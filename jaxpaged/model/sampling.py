@@ -125,7 +125,7 @@ def _draw(logits: Float[Array, "R V"], inputs: SamplingInputs) -> Int[Array, " R
         jnp.any(inputs.top_k < vocab), lambda x: _keep(x, _kth_largest(x, inputs.top_k)), lambda x: x, scaled
     )
     scaled = lax.cond(jnp.any(inputs.top_p < 1), lambda x: _keep(x, _nucleus(x, inputs.top_p)), lambda x: x, scaled)
-    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(inputs.seeds), inputs.positions)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(inputs.seeds, impl="threefry2x32"), inputs.positions)
     uniform = jax.vmap(jax.random.uniform)(keys)
     return _invert(jnp.exp(scaled), uniform)
 
@@ -171,15 +171,21 @@ def _invert(weights: Float[Array, "R V"], uniform: Float[Array, " R"]) -> Int[Ar
     """The token at which the cumulative sum of `weights` passes uniform x total; one with weight 0 is never drawn."""
     num_rows, vocab = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(num_rows, -1, _BLOCK)
-    sums = jnp.cumsum(blocks.sum(-1), -1)
+    shares = blocks.sum(-1)
+    sums = jnp.cumsum(shares, -1)
     target = uniform * sums[:, -1]
-    block = _first_above(sums, target)
+    block = _first_above(sums, target, shares)
     before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
-    inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], -1)
-    return (block * _BLOCK + _first_above(inside, target - before)).astype(jnp.int32)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
+    return block * _BLOCK + _first_above(jnp.cumsum(inside, -1), target - before, inside)
 
 
-def _first_above(sums: Float[Array, "R N"], target: Float[Array, " R"]) -> Int[Array, " R"]:
-    """The first index whose sum exceeds the target; where rounding leaves none, the last that adds anything."""
-    last = jnp.argmax(sums, -1)  # sums never fall: the first of the largest
-    return jnp.minimum(jnp.sum(sums <= target[:, None], -1, dtype=jnp.int32), last.astype(jnp.int32))
+def _first_above(sums: Float[Array, "R N"], target: Float[Array, " R"], added: Float[Array, "R N"]) -> Int[Array, " R"]:
+    """The first index that adds something and whose sum exceeds the target; where there is none, the last that adds.
+
+    The sums alone do not tell what adds: XLA sums in a tree, so by rounding they also rise, or fall, where 0 is added.
+    """
+    index = jnp.arange(sums.shape[1], dtype=jnp.int32)[None]
+    first = jnp.min(jnp.where((sums > target[:, None]) & (added > 0), index, sums.shape[1]), -1)
+    last = jnp.max(jnp.where(added > 0, index, 0), -1)
+    return jnp.minimum(first, last)
