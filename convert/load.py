@@ -120,6 +120,10 @@ def _family_recipe(checkpoint: Checkpoint) -> Recipe:
         spec = family.spec(checkpoint.config)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    except ArithmeticError as error:  # of numbers that are finite but absurd
+        raise CheckpointError(
+            f"{checkpoint.path}: its config holds an absurd number ({error}); fetch it again"
+        ) from error
     unread = frozenset(name for name in checkpoint.names if family.ignores(name, spec))
     return Recipe(spec, family.rules(spec, checkpoint.names), unread)
 

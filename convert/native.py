@@ -85,7 +85,7 @@ def write_hf(
     rules = family.rules(recipe.spec, ())
     shapes = hf_shapes(rules, recipe.spec)
     tensors = store_tensors(rules, _LeafReader(checkpoint, recipe).read)
-    metadata = {"format": "pt"}  # transformers refuses a file without it
+    metadata = {"format": "pt"}  # transformers before version 5 refuses a file without it
     write_folder(folder, shapes, dtype, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
     old = {key: value for key, value in config.items() if key != "torch_dtype"}
     _write_json(folder / CONFIG, old | {"dtype": dtype.name})
@@ -113,7 +113,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     shared = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     outer = {key: config[key] for key in shared if key in config}
-    return outer | {"model_type": f"{config['model_type']}_text"} | inner
+    return outer | {"model_type": f"{config.get('model_type')}_text"} | inner
 
 
 @contextmanager
@@ -128,13 +128,7 @@ def new_folder(destination: Path, source: Path, *, num_bytes: int, overwrite: bo
     try:
         aside.mkdir()
         yield aside
-        if destination.exists():
-            replaced = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.replaced")
-            destination.rename(replaced)
-            aside.rename(destination)
-            shutil.rmtree(replaced)
-        else:
-            aside.rename(destination)
+        _put_in_place(aside, destination)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CheckpointError(
@@ -146,6 +140,21 @@ def new_folder(destination: Path, source: Path, *, num_bytes: int, overwrite: bo
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, destination: Path) -> None:
+    """Rename; what was there is removed last, and comes back where the new one cannot take its place."""
+    if not destination.exists():
+        aside.rename(destination)
+        return
+    replaced = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.replaced")
+    destination.rename(replaced)
+    try:
+        aside.rename(destination)
+    except BaseException:
+        replaced.rename(destination)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_tokenizer(

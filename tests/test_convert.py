@@ -214,9 +214,14 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(save: Save) -> N
 
 
 @pytest.mark.parametrize(
-    "fields", [{"hidden_size": 2**31 - 1, "num_attention_heads": 1}, {"head_dim": 2**31 - 1, "vocab_size": 2**31 - 1}]
+    "fields",
+    [
+        {"hidden_size": 2**31 - 1, "num_attention_heads": 1},
+        {"head_dim": 2**31 - 1, "vocab_size": 2**31 - 1},
+        {"rope_parameters": {"partial_rotary_factor": 1e308}},
+    ],
 )
-def test_a_config_of_absurd_sizes_is_refused_without_making_them(save: Save, fields: dict[str, int]) -> None:
+def test_a_config_of_absurd_sizes_is_refused_without_making_them(save: Save, fields: dict[str, Any]) -> None:
     tensors = random_tensors(LLAMA)
     assert "hf: " in error_of(load, save(LLAMA | {"num_key_value_heads": None} | fields, tensors))
 
@@ -441,6 +446,24 @@ def test_overwriting_replaces_a_checkpoint_whole(save: Save, tmp_path: Path) -> 
     convert(str(source), tmp_path / "native", overwrite=True)
     assert load(tmp_path / "native").params["embed"]["w"].dtype == jnp.float32
     assert not (tmp_path / "native" / "stale").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"hf", "native"}
+
+
+def test_a_replacement_that_fails_leaves_the_old_checkpoint(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save()
+    convert(str(source), tmp_path / "native", dtype="float16")
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(errno.EACCES, "not allowed")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    assert "not allowed" in error_of(convert, str(source), tmp_path / "native", overwrite=True)
+    assert load(tmp_path / "native").params["embed"]["w"].dtype == jnp.float16
     assert {p.name for p in tmp_path.iterdir()} == {"hf", "native"}
 
 
