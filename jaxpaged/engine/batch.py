@@ -52,7 +52,8 @@ def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]
     sizes = {n for n in (64, 512, 2048, 8192, 32768) if n < max_num_batched_tokens} | {max_num_batched_tokens}
     mixed = []
     for size in sorted(sizes):
-        chunks = min(_SMALL_CHUNKS if size <= 64 else _CHUNKS, max_num_seqs)
+        is_small = size <= 64 and size < max_num_batched_tokens  # the largest must hold as many chunks as there may be
+        chunks = min(_SMALL_CHUNKS, max_num_seqs) if is_small else max_chunks(max_num_seqs)
         mixed += [Bucket(n, size, chunks) for n in (0, max_num_seqs)]
     if max_num_seqs == 1:
         mixed = [b for b in mixed if b.num_decodes == 0]
@@ -134,7 +135,7 @@ def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs
         if not samples or params.temperature == 0:
             continue
         temperature[row] = params.temperature
-        top_k[row] = params.top_k if params.top_k > 0 else vocab_size
+        top_k[row] = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
         top_p[row] = params.top_p
         min_p[row] = params.min_p
         seeds[row] = sequence.seed
