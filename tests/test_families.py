@@ -214,7 +214,7 @@ WRONG: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     "interleaved": ("llama", every_rope(interleaved=True)),
     "rotated part": ("gpt_neox", every_rope(dim=4)),
     "scale": ("gemma2", every_mixer(scale=0.2)),
-    "scale by layer": ("gpt2_inverse_layer_idx", every_mixer(scale=12**-0.5)),
+    "scale by layer": ("gpt2_scaled_by_layer_untied", every_mixer(scale=1.0)),
     "window off by one": ("mistral", every_mixer(window=6)),
     "no window": ("mistral", every_mixer(window=None)),
     "windows in the wrong layers": (
@@ -234,7 +234,7 @@ WRONG: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     "activation": ("gpt2", every_block(lambda block: replace(block, ffn=replace(block.ffn, act="gelu")))),
     "learned positions": ("opt", lambda spec: replace(spec, learned_positions=1)),
     "rope where there is none": ("smollm3", every_mixer(rope=Rope(100.0, 12))),
-    "linear factor": ("llama_linear", every_scaling(factor=3.9)),
+    "linear factor": ("llama_linear_no_kv_heads", every_scaling(factor=3.9)),
     "dynamic factor": ("llama_dynamic", every_scaling(factor=3.5)),
     "llama3 factor": ("llama_llama3", every_scaling(factor=3.5)),
     "yarn factor": ("llama_yarn", every_scaling(factor=3.5)),
@@ -377,6 +377,12 @@ def longrope(**rope: Any) -> dict[str, Any]:
     return {"model_type": "phi3", **SHAPE, "original_max_position_embeddings": 16, "rope_scaling": {**LONG, **rope}}
 
 
+@pytest.mark.parametrize(("said", "window"), [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 7}, 7)])
+def test_mistral_window_left_out_is_not_the_same_as_null(said: dict[str, Any], window: int | None) -> None:
+    config = {"model_type": "mistral", **SHAPE, **said}
+    assert {block.mixer.window for block in family_of(config).spec(config).blocks} == {window}
+
+
 @pytest.mark.parametrize("old", ["su", "yarn"])
 def test_long_rope_under_its_first_names_is_read(old: str) -> None:
     config = longrope(type=old)
@@ -387,7 +393,7 @@ def test_long_rope_under_its_first_names_is_read(old: str) -> None:
     ("name", "max_positions"),
     [
         ("llama", 64),
-        ("llama_linear", 256),
+        ("llama_linear_no_kv_heads", 256),
         ("llama_dynamic", 64),
         ("llama_yarn", 64),
         ("llama_llama3", 64),
@@ -402,7 +408,7 @@ def test_scaled_rope_lengthens_what_the_config_counts_before_scaling(name: str, 
     ("name", "tensor"),
     [
         ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
-        ("llama_biases_tied", "lm_head.weight"),
+        ("llama_yarn_mscale_biases_tied", "lm_head.weight"),
         ("gpt2", "h.0.attn.bias"),
         ("gpt2", "transformer.h.0.attn.masked_bias"),
         ("gpt2", "lm_head.weight"),

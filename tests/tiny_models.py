@@ -82,15 +82,18 @@ CASES: dict[str, Case] = {
     case.name: case
     for case in (
         _case("llama", "llama", SHAPE, rope_theta=500.0, rms_norm_eps=1e-5),
-        _case("llama_biases_tied", "llama", SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
         _case(
             "llama_9_heads_3_kv_head_dim_24",
             "llama",
             SHAPE | {"hidden_size": 45, "num_attention_heads": 9, "num_key_value_heads": 3},
             head_dim=24,
         ),
-        _case("llama_no_kv_heads", "llama", {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}),
-        _case("llama_linear", "llama", SHAPE, rope_scaling={"type": "linear", "factor": 4.0}),
+        _case(
+            "llama_linear_no_kv_heads",
+            "llama",
+            {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"},
+            rope_scaling={"type": "linear", "factor": 4.0},
+        ),
         _case(
             "llama_dynamic",
             "llama",
@@ -126,9 +129,12 @@ CASES: dict[str, Case] = {
             },
         ),
         _case(
-            "llama_yarn_mscale",
+            "llama_yarn_mscale_biases_tied",
             "llama",
             SHAPE,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
             rope_scaling={
                 "type": "yarn",
                 "factor": 4.0,
@@ -138,7 +144,6 @@ CASES: dict[str, Case] = {
             },
         ),
         _case("mistral", "mistral", SHAPE, sliding_window=5, head_dim=16),
-        _case("mistral_no_window", "mistral", SHAPE, sliding_window=None, rope_parameters={"rope_theta": 300.0}),
         _case("qwen2", "qwen2", SHAPE, sliding_window=5, use_sliding_window=False, tie_word_embeddings=True),
         _case(
             "qwen2_max_window_layers",
@@ -157,7 +162,6 @@ CASES: dict[str, Case] = {
             layer_types=["sliding_attention", "full_attention"],
         ),
         _case("qwen3", "qwen3", SHAPE, head_dim=24, rope_theta=1000.0),
-        _case("qwen3_bias_tied", "qwen3", SHAPE, head_dim=16, attention_bias=True, tie_word_embeddings=True),
         _case("gemma", "gemma", SHAPE | {"num_key_value_heads": 1}, head_dim=16, hidden_act="gelu"),
         _case(
             "gemma2",
@@ -215,8 +219,15 @@ CASES: dict[str, Case] = {
             tie_word_embeddings=True,
         ),
         _case("gpt2", "gpt2", GPT2_SHAPE),
-        _case("gpt2_inverse_layer_idx", "gpt2", GPT2_SHAPE, scale_attn_by_inverse_layer_idx=True, n_inner=40),
-        _case("gpt2_unscaled_untied", "gpt2", GPT2_SHAPE, scale_attn_weights=False, tie_word_embeddings=False),
+        _case(
+            "gpt2_scaled_by_layer_untied",
+            "gpt2",
+            GPT2_SHAPE,
+            scale_attn_weights=False,
+            scale_attn_by_inverse_layer_idx=True,
+            n_inner=40,
+            tie_word_embeddings=False,
+        ),
         _case("opt", "opt", OPT_SHAPE),
         _case("opt_350m", "opt", OPT_SHAPE, do_layer_norm_before=False, word_embed_proj_dim=32),
         _case("opt_no_bias_no_final_norm", "opt", OPT_SHAPE, enable_bias=False, _remove_final_layer_norm=True),
