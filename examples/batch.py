@@ -12,22 +12,23 @@ from any_model import open_llm
 
 from jaxpaged import SamplingParams
 
-INSTRUCTIONS = "You answer with a single word, without any explanation, in lower case and without a full stop. "
+INSTRUCTIONS = {"role": "system", "content": "You answer with a single word, without any explanation, in lower case."}
 WORDS = ["sun", "grass", "snow", "coal", "blood", "lemon", "sky", "carrot"]
 
 
 def main() -> None:
     """Thirty-two requests through eight places."""
     llm = open_llm(max_num_seqs=8, max_model_len=256)
-    prompts = [f"{INSTRUCTIONS}What colour is {word}?" for word in WORDS for _ in range(4)]
-    params = [SamplingParams(temperature=0.2 * (i % 4), seed=i, max_tokens=8 + i % 8) for i in range(len(prompts))]
+    questions = [f"What is the colour of {word}?" for word in WORDS for _ in range(4)]
+    chats = [[INSTRUCTIONS, {"role": "user", "content": question}] for question in questions]
+    params = [SamplingParams(temperature=0.2 * (i % 4), seed=i, max_tokens=8 + i % 8) for i in range(len(chats))]
 
     start = time.perf_counter()
-    outputs = llm.generate(prompts, params)
+    outputs = llm.chat(chats, params)
     seconds = time.perf_counter() - start
 
-    for output in outputs[::4]:
-        print(f"{(output.prompt or '').removeprefix(INSTRUCTIONS)} {output.outputs[0].text.strip()!r}")
+    for question, output in list(zip(questions, outputs, strict=True))[::4]:
+        print(f"{question} {output.outputs[0].text.strip()!r}")
     num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     stats = llm.engine.stats()
     print(f"{len(outputs)} requests, {num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s")

@@ -114,6 +114,16 @@ def test_sentencepiece_merges_the_best_scored_piece_first():
     assert texts == ["▁bana", "n", "a", "▁", "<b>"]
 
 
+def test_sentencepiece_ids_that_the_file_does_not_name_are_llamas():
+    metadata = sentencepiece_metadata()
+    for name in ("bos", "eos", "unknown"):
+        del metadata[f"tokenizer.ggml.{name}_token_id"]
+    tokenizer = load_tokenizer(metadata)
+    assert tokenizer.eos_token_ids == {2}
+    assert tokenizer.named_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert tokenizer.decode([0, 1, 2]) == ""
+
+
 @pytest.mark.parametrize(("add_bos", "first"), [(None, [1]), (True, [1]), (False, [])])
 def test_sentencepiece_begins_with_bos_unless_the_file_says_no(add_bos, first):
     changes = {} if add_bos is None else {"tokenizer.ggml.add_bos_token": add_bos}

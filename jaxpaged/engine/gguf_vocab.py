@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from jaxpaged.engine.vocabulary import CUTS, Merge, Vocabulary, bpe, byte_level_bpe, frame
 from jaxpaged.errors import CheckpointError
 
-CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
+LLAMA_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # of a SentencePiece vocabulary that does not name them
 NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
 END_NAMES = ("eos", "eot", "eom")  # end of sequence, of turn, of message
 
@@ -26,12 +27,13 @@ def gguf_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         case "gpt2":
             pipeline, add_bos = _byte_level(tokens, metadata)
         case "llama":
+            metadata = {f"tokenizer.ggml.{name}_token_id": i for name, i in LLAMA_IDS.items()} | dict(metadata)
             pipeline, add_bos = _sentencepiece(tokens, metadata), True
         case kind:
             raise CheckpointError(f"the GGUF's tokenizer is of kind {kind!r}; known: gpt2, llama")
 
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
+    for wanted, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
         found = [token for token, given in zip(tokens, types, strict=False) if given == wanted]
         pipeline.add_tokens([AddedToken(token, special=special, normalized=False) for token in found])
 
@@ -72,7 +74,7 @@ def _sentencepiece(tokens: Sequence[str], metadata: Mapping[str, Any]) -> Tokeni
             f"the GGUF's tokenizer has {len(tokens):,} tokens but {len(scores or ()):,} scores; convert the file again"
         )
     vocab = {token: i for i, token in enumerate(tokens)}
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = _token_id("unknown", tokens, metadata) or 0
     pipeline = bpe(vocab, _merges_by_score(vocab, scores), byte_fallback=True, unk_token=tokens[unknown], fuse_unk=True)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")

@@ -41,30 +41,20 @@ _CASED_WORDS = rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+%s|[^\r\n\p{{L}}\p
 _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 
-_gpt2 = Cut((_GPT2,))
-_digit_gpt2 = Cut((r"\p{N}", _GPT2))
-_llama3 = Cut((_WORDS % r"\p{N}{1,3}",), ignore_merges=True, add_bos=True)
-_qwen2 = Cut((_WORDS % r"\p{N}",), nfc=True)
-_tekken = Cut((_CASED_WORDS % ("", "") + r"|\p{N}|" + _PUNCTUATION,), ignore_merges=True, add_bos=True)
-_gpt4o = Cut((_CASED_WORDS % (_CONTRACTION, _CONTRACTION) + r"|\p{N}{1,3}|" + _PUNCTUATION,))
-
-CUTS: dict[str, Cut] = {
+_KINDS = {
     "default": Cut((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    "gpt-2": _gpt2,
-    "phi-2": _gpt2,
-    "olmo": _gpt2,
-    "smollm": _digit_gpt2,
-    "starcoder": _digit_gpt2,
-    "llama-bpe": _llama3,
-    "smaug-bpe": Cut((_WORDS % r"\p{N}{1,3}",)),
-    "dbrx": Cut((_WORDS % r"\p{N}{1,3}",)),
-    "qwen2": _qwen2,
-    "deepseek-r1-qwen": _qwen2,
-    "tekken": _tekken,
-    "gpt-4o": _gpt4o,
+    "gpt-2 phi-2 olmo mpt jais exaone4 trillion granite-docling": Cut((_GPT2,)),
+    "smollm starcoder refact command-r codeshell exaone minerva-7b": Cut((r"\p{N}", _GPT2)),
+    "llama-bpe llama3 llama-v3 falcon3 pixtral": Cut((_WORDS % r"\p{N}{1,3}",), ignore_merges=True, add_bos=True),
+    "dbrx smaug-bpe chatglm-bpe glm4": Cut((_WORDS % r"\p{N}{1,3}",)),
+    "qwen2 deepseek-r1-qwen megrez hunyuan": Cut((_WORDS % r"\p{N}",), nfc=True),
+    "stablelm2": Cut((_WORDS % r"\p{N}",)),
+    "tekken": Cut((_CASED_WORDS % ("", "") + r"|\p{N}|" + _PUNCTUATION,), ignore_merges=True, add_bos=True),
+    "gpt-4o llama4": Cut((_CASED_WORDS % (_CONTRACTION, _CONTRACTION) + r"|\p{N}{1,3}|" + _PUNCTUATION,)),
 }
-"""By the name that GGUF files call them, `tokenizer.ggml.pre`."""
 
+CUTS: dict[str, Cut] = {name: cut for names, cut in _KINDS.items() for name in names.split()}
+"""By the name that GGUF files call them, `tokenizer.ggml.pre`."""
 
 Merge = tuple[str, str]
 
