@@ -83,6 +83,17 @@ def test_token_texts_keep_their_space_and_show_special_tokens(smollm2):
     assert [smollm2.token_text(i) for i in (4649, 2, 49151 + 5)] == [" France", "<|im_end|>", ""]
 
 
+@pytest.mark.parametrize("text", ["The capital of France is Paris.", "  def f(x):\n    return x**2"])
+def test_token_texts_join_to_the_text(smollm2, text):
+    assert "".join(smollm2.token_text(i) for i in smollm2.encode(text)) == text
+
+
+def test_token_texts_of_pieces_join_to_the_text_behind_its_space():
+    tokenizer = load_tokenizer(sentencepiece_metadata())
+    token_ids = tokenizer.encode("banana an ab", add_special_tokens=False)
+    assert "".join(tokenizer.token_text(i) for i in token_ids) == " banana an ab"
+
+
 # The pipelines of GGUF files, beside those that transformers builds
 
 
