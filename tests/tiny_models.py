@@ -88,12 +88,8 @@ CASES: dict[str, Case] = {
             SHAPE | {"hidden_size": 45, "num_attention_heads": 9, "num_key_value_heads": 3},
             head_dim=24,
         ),
-        _case(
-            "llama_linear_no_kv_heads",
-            "llama",
-            {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"},
-            rope_scaling={"type": "linear", "factor": 4.0},
-        ),
+        _case("llama_biases_tied", "llama", SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+        _case("llama_linear", "llama", SHAPE, rope_scaling={"type": "linear", "factor": 4.0}),
         _case(
             "llama_dynamic",
             "llama",
@@ -129,12 +125,9 @@ CASES: dict[str, Case] = {
             },
         ),
         _case(
-            "llama_yarn_mscale_biases_tied",
+            "llama_yarn_mscale_no_kv_heads",
             "llama",
-            SHAPE,
-            attention_bias=True,
-            mlp_bias=True,
-            tie_word_embeddings=True,
+            {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"},
             rope_scaling={
                 "type": "yarn",
                 "factor": 4.0,
