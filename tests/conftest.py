@@ -62,6 +62,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, Callable[[], Arrays
         if HAVE_TORCH and request.config.getoption("--write-golden"):
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(path, **compute())
+        assert path.exists(), f"{path.relative_to(ROOT)} is not stored yet; run pytest --write-golden where torch is"
         with np.load(path) as file:
             stored = dict(file)
         if HAVE_TORCH:
