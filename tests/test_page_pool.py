@@ -329,5 +329,5 @@ def run(max_examples: int, steps: int) -> type:
     return case
 
 
-TestAnyOrder = run(200, 40)
+TestAnyOrder = run(100, 40)
 TestAnyOrderForLong = pytest.mark.slow(run(1000, 100))
