@@ -37,7 +37,7 @@ def paged_attention(
     scales: Float[Array, "P page_size 2 K"] | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "S H D"]:
-    """Decode: row s of q is the newest of sequence s's kv_lens[s] tokens. Raises ValueError on shapes that do not fit."""
+    """Decode: row s of q is the newest of sequence s's kv_lens[s] tokens. Raises ValueError on wrong shapes."""
     _check(q, pages, page_table, kv_lens, backend)
     if q.shape[0] != kv_lens.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows but kv_lens has {kv_lens.shape[0]}; decode takes one query each")
@@ -62,7 +62,7 @@ def ragged_paged_attention(
 ) -> Float[Array, "T H D"]:
     """Any mix of prompt chunks and single tokens: rows cu_q_lens[s]:cu_q_lens[s + 1] of q are the newest of kv_lens[s].
 
-    Raises ValueError on shapes that do not fit.
+    Raises ValueError on wrong shapes.
     """
     _check(q, pages, page_table, kv_lens, backend)
     if cu_q_lens.shape[0] != kv_lens.shape[0] + 1:

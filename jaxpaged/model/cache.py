@@ -48,7 +48,7 @@ def page_bytes(spec: Decoder, page_size: int, dtype: jnp.dtype | str) -> int:
 
 
 def write(pool: Array, k: Float[Array, "T K D"], v: Float[Array, "T K D"], slots: Int[Array, " T"]) -> Array:
-    """The pool with token t's key and value at slots[t] = page * page_size + offset; slots past the pool are dropped."""
+    """The pool with token t's key and value at slots[t] = page * page_size + offset; slots past it are dropped."""
     pages, page_size, *rest = pool.shape
     kv = jnp.stack([k, v], 1).astype(pool.dtype)
     return pool.reshape(pages * page_size, *rest).at[slots].set(kv, mode="drop").reshape(pool.shape)
