@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import LoadedModel, load
 from jaxpaged.engine.engine import Engine, OutputKind, Prompt, request_ids
 from jaxpaged.engine.tokenizer import Tokenizer, load_tokenizer
-from jaxpaged.errors import RequestError
+from jaxpaged.errors import CheckpointError, RequestError
 from jaxpaged.model.params import Params
 from jaxpaged.model.spec import Decoder
 from jaxpaged.outputs import RequestOutput
@@ -52,7 +52,9 @@ class LLM:
             eos_token_ids = _eos_of(loaded.config)
             tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(loaded)
         if isinstance(tokenizer, (str, Path)):
-            tokenizer = load_tokenizer(tokenizer)
+            folder, tokenizer = tokenizer, load_tokenizer(tokenizer)
+            if tokenizer is None:
+                raise CheckpointError(f"{folder} holds no tokenizer; name a folder with a tokenizer.json, or none")
         self.engine = Engine(
             spec, params, config, tokenizer=tokenizer, eos_token_ids=tuple(eos_token_ids), show_progress=True
         )
@@ -91,7 +93,9 @@ class LLM:
         prompts = [self.encode_chat(conversation, **template_variables) for conversation in conversations]  # type: ignore[arg-type]
         return self._run(prompts, sampling_params, use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
         """Complete one prompt, yielding what is new as it comes; closing the iterator ends the request."""
         request_id = self._add(prompt, sampling_params, "delta")
         try:

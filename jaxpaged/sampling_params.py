@@ -35,7 +35,7 @@ class SamplingParams(Settings):
     ignore_eos                  go on past the model's end-of-sequence tokens
     max_tokens                  most tokens to generate; None: up to the model's length
     min_tokens                  no stop string and no stop token ends the completion before so many tokens
-    logprobs                    give the log probabilities of the sampled and so many most likely tokens; -1: of all
+    logprobs                    give the log probabilities of the sampled and of so many most likely tokens, at most 20
     prompt_logprobs             the same for the tokens of the prompt
     detokenize                  give text, not only token ids
     skip_special_tokens         leave special tokens out of the text
@@ -80,7 +80,7 @@ class SamplingParams(Settings):
         self._check_int("top_k", -1)
         self._check_float("min_p", 0, 1)
         self._check_int("min_tokens", 0)
-        for name, low in (("seed", None), ("max_tokens", 1), ("logprobs", -1), ("prompt_logprobs", -1)):
+        for name, low in (("seed", None), ("max_tokens", 1), ("logprobs", 0), ("prompt_logprobs", 0)):
             if getattr(self, name) is not None:
                 self._check_int(name, low)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):

@@ -41,7 +41,9 @@ Golden = Callable[[str, Callable[[], Mapping[str, np.ndarray]]], Mapping[str, np
 PAGE_SIZE = 4
 CHUNK = 7
 # The engine compiles several steps for each, so a few stand for all in the fast tests.
-IN_ENGINE = ("llama_dynamic", "gemma2", "opt_350m")
+IN_ENGINE = ("llama_dynamic", "gemma2", "opt_350m", "phi3_longrope_outgrown")
+# What happens when a sequence outgrows its ropes is the engine's doing, not a step's.
+BY_STEPS = [case for case in CASES.values() if not case.name.endswith("_outgrown")]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -87,7 +89,7 @@ def test_dense_logits_equal_transformers(case: Case, reference: Callable[[Case],
     assert_same_logits(apply(model.params, jnp.asarray(case.tokens()), model.spec), reference(case)["logits"])
 
 
-@every_case
+@pytest.mark.parametrize("case", BY_STEPS, ids=[case.name for case in BY_STEPS])
 def test_paged_steps_equal_transformers(case: Case, reference: Callable[[Case], Mapping[str, np.ndarray]]) -> None:
     want = reference(case)
     continuations = [want[f"ids_{i}"].tolist() for i in range(len(case.prompts()))]

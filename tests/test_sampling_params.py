@@ -59,7 +59,7 @@ WRONG = [
     ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number of at least 1"),
     ({"min_tokens": -1}, "min_tokens is -1"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9; it must be at most max_tokens, 8"),
-    ({"logprobs": -2}, "logprobs is -2; it must be a whole number of at least -1"),
+    ({"logprobs": -1}, "logprobs is -1; it must be a whole number of at least 0"),
     ({"prompt_logprobs": -2}, "prompt_logprobs is -2"),
     ({"ignore_eos": 1}, "ignore_eos is 1; it must be True or False"),
     ({"stop": ["a", ""]}, "stop contains ''"),

@@ -211,6 +211,14 @@ CASES: dict[str, Case] = {
             rope_parameters={"rope_type": "longrope", "rope_theta": 300.0, "attention_factor": 1.4, **LONG},
             tie_word_embeddings=True,
         ),
+        _case(
+            "phi3_longrope_outgrown",  # generation passes the 16 positions, and transformers computes all anew
+            "phi3",
+            SHAPE,
+            prompt_lens=(12, 15),
+            original_max_position_embeddings=16,
+            rope_scaling={"type": "longrope", **LONG},
+        ),
         _case("gpt2", "gpt2", GPT2_SHAPE),
         _case(
             "gpt2_scaled_by_layer_untied",

@@ -94,7 +94,7 @@ def pack(
         page_table[row] = sequence.page_table
         kv_lens[row] = start + 1
         positions[row] = start
-        rope_lens[row] = max(sequence.prompt_len, start + 1)
+        rope_lens[row] = max(sequence.rope_len, start + 1)
         if start < len(sequence.token_ids):
             token_ids[row] = sequence.token_ids[start]
         else:
@@ -110,7 +110,7 @@ def pack(
         kv_lens[row] = start + length
         where = np.arange(start, start + length, dtype=np.int32)
         positions[at : at + length] = where
-        rope_lens[at : at + length] = np.maximum(sequence.prompt_len, where + 1)
+        rope_lens[at : at + length] = np.maximum(sequence.rope_len, where + 1)
         slots[at : at + length] = sequence.page_table[where // page_size] * page_size + where % page_size
         token_ids[at : at + length] = sequence.token_ids[start : start + length]
         at += length

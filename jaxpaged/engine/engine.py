@@ -21,7 +21,7 @@ from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.request import Request, Sequence, seed_words
 from jaxpaged.engine.runner import InFlight, PromptPart, Runner
-from jaxpaged.engine.scheduler import Scheduler
+from jaxpaged.engine.scheduler import LONG_ROPE, Scheduler
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import RequestError
 from jaxpaged.model.params import Params
@@ -150,6 +150,7 @@ class Engine:
                 eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
                 bad_words=bad_words,
                 salt=_rope_salt(self.spec, len(token_ids)),
+                long_after=_long_after(self.spec, len(token_ids)),
             )
             for index in range(params.n)
         ]
@@ -215,7 +216,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("the model came without a tokenizer; give the prompt as token ids")
-            return self.tokenizer.encode(prompt)
+            prompt = self.tokenizer.encode(prompt)
         if isinstance(prompt, (bytes, dict)) or not isinstance(prompt, (Seq, np.ndarray)):
             raise RequestError(f"the prompt is a {type(prompt).__name__}; give text or a list of token ids")
         vocab = self.spec.vocab_size
@@ -391,5 +392,14 @@ def _rope_salt(spec: Decoder, prompt_len: int) -> bytes:
             case DynamicNtkScaling(original_max_positions=original) if prompt_len > original:
                 return prompt_len.to_bytes(8, "little")
             case LongRopeScaling(original_max_positions=original) if prompt_len > original:
-                return b"long"
+                return LONG_ROPE
     return b""
+
+
+def _long_after(spec: Decoder, prompt_len: int) -> int | None:
+    """The length past which a sequence changes over to long factors; None where it never does or has begun with them."""
+    for block in spec.blocks:
+        match block.mixer.rope and block.mixer.rope.scaling:
+            case LongRopeScaling(original_max_positions=original) if prompt_len <= original:
+                return original
+    return None

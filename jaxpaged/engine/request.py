@@ -33,6 +33,8 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()  # that end it; empty where they are ignored
     bad_words: tuple[tuple[int, ...], ...] = ()  # `params.bad_words` as token ids
     salt: bytes = b""  # sequences share pages only where their salts are equal
+    rope_len: int = 0  # tokens are rotated for max(this, position + 1), at first for the prompt's length
+    long_after: int | None = None  # once longer than this, all keys are computed anew for `long` ropes
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_cached_tokens: int = 0  # found in the prefix cache when first admitted
@@ -44,6 +46,10 @@ class Sequence:
     stop_reason: str | int | None = None
     cumulative_logprob: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """See `rope_len`."""
+        self.rope_len = self.rope_len or self.prompt_len
 
     @property
     def num_tokens(self) -> int:
@@ -69,11 +75,18 @@ class Sequence:
     def awaits_tokens(self) -> bool:
         """True while nothing may be scheduled before pending tokens are read.
 
-        Either they are the last ones it may have, or the next token's logits depend on them through the host.
+        They are the last ones it may have, or the next token's logits depend on them through the host, or with them
+        the sequence outgrows its ropes and all of it is computed anew.
         """
         if self.num_pending_tokens == 0:
             return False
-        return self.num_tokens - self.prompt_len >= self.max_tokens or needs_history(self.params)
+        is_full = self.num_tokens - self.prompt_len >= self.max_tokens
+        return is_full or self.outgrows_ropes or needs_history(self.params)
+
+    @property
+    def outgrows_ropes(self) -> bool:
+        """True once its keys must be computed anew with long ropes."""
+        return self.long_after is not None and self.num_tokens > self.long_after
 
 
 @dataclass(slots=True, eq=False)

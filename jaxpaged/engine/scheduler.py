@@ -17,6 +17,9 @@ from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.request import Sequence
 from jaxpaged.outputs import FinishReason
 
+LONG_ROPE = b"long"
+"""The salt of sequences whose keys are rotated with the long factors of a `LongRopeScaling`."""
+
 
 class Chunk(NamedTuple):
     """`length` tokens of a sequence from position `start`; `samples` where the last of them asks for the next token."""
@@ -74,6 +77,7 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
+            self._lengthen(sequence)
             behind = sequence.num_tokens - sequence.num_computed_tokens
             length = min(behind, budget)
             if sequence.awaits_tokens or length == 0 or (length > 1 and len(plan.chunks) == self.max_num_chunks):
@@ -113,6 +117,7 @@ class Scheduler:
             sequence = self.waiting[0]
             if sequence.num_pending_tokens > 0:  # preempted a moment ago; its last token is still to be read
                 return
+            self._lengthen(sequence)
             self._start(sequence)
             length = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             # All its pages must be there, and one for each that runs: to be preempted at once would help nobody.
@@ -131,6 +136,12 @@ class Scheduler:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             budget -= length
             self._put(plan, sequence, length)
+
+    def _lengthen(self, sequence: Sequence) -> None:
+        """Where a sequence outgrows what its keys were rotated for, begin again with the long rotation."""
+        if sequence.outgrows_ropes and sequence.num_pending_tokens == 0:
+            self._release(sequence)
+            sequence.rope_len, sequence.salt, sequence.long_after = sequence.num_tokens, LONG_ROPE, None
 
     def _start(self, sequence: Sequence) -> None:
         """Give a waiting sequence the cached pages of its prefix, if any; one that wants prompt logprobs takes none."""
@@ -181,6 +192,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
+        sequence.page_table[: len(sequence.pages)] = 0
         sequence.pages, sequence.digests = [], []
         sequence.num_computed_tokens = 0
 
