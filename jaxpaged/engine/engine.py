@@ -397,7 +397,7 @@ def _rope_salt(spec: Decoder, prompt_len: int) -> bytes:
 
 
 def _long_after(spec: Decoder, prompt_len: int) -> int | None:
-    """The length past which a sequence changes over to long factors; None where it never does or has begun with them."""
+    """The length past which a sequence changes over to long factors; None where it never does, or began with them."""
     for block in spec.blocks:
         match block.mixer.rope and block.mixer.rope.scaling:
             case LongRopeScaling(original_max_positions=original) if prompt_len <= original:
