@@ -16,18 +16,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from jaxpaged.engine import batch
 from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.request import Sequence, needs_history
-from jaxpaged.engine.scheduler import Chunk, Plan, Scheduler
+from jaxpaged.engine.scheduler import LONG_ROPE, Chunk, Plan, Scheduler
 from jaxpaged.model.step import StepInputs
 from jaxpaged.sampling_params import SamplingParams
 
 VOCAB = 3  # few tokens, so that equal pages are common
-LONG = 6  # prompts longer than this have other keys, as with longrope, and a salt that says so
+NEVER = 10**6
 
 # The model: layer 0 keeps tokens, layer 1 keeps hashes of all tokens so far, the next token is a hash of layer 1.
 
 
-def entry(token: int, position: int, rope_len: int) -> int:
-    return token + VOCAB * (2 * position + (rope_len > LONG))
+def entry(token: int, position: int, is_long: bool) -> int:
+    """A key. All keys of a sequence are others once it is long, as with longrope."""
+    return token + VOCAB * (2 * position + is_long)
 
 
 def hashes(entries: list[int]) -> list[int]:
@@ -43,12 +44,12 @@ def next_token(values: list[int]) -> int:
 
 
 @cache
-def answer(prompt: tuple[int, ...], max_tokens: int, stop_token_ids: tuple[int, ...] = ()) -> list[int]:
+def answer(prompt: tuple[int, ...], max_tokens: int, stop_token_ids: tuple[int, ...], long_after: int) -> list[int]:
     """What the model says without pages, steps or batches."""
     token_ids = list(prompt)
     for _ in range(max_tokens):
-        entries = [entry(t, p, max(len(prompt), p + 1)) for p, t in enumerate(token_ids)]
-        token_ids.append(next_token(hashes(entries)))
+        is_long = len(token_ids) > long_after
+        token_ids.append(next_token(hashes([entry(t, position, is_long) for position, t in enumerate(token_ids)])))
         if token_ids[-1] in stop_token_ids:
             break
     return token_ids
@@ -57,8 +58,9 @@ def answer(prompt: tuple[int, ...], max_tokens: int, stop_token_ids: tuple[int, 
 class Device:
     """Runs the model on packed arrays alone. In a layer all writes come before all reads, as on a real device."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, long_after: int) -> None:
         self.page_size = page_size
+        self.long_after = long_after
         self.pools = np.random.default_rng(0).integers(-(2**60), 2**60, (2, num_pages * page_size))
 
     def step(self, inputs: StepInputs, sampled: np.ndarray) -> np.ndarray:
@@ -66,10 +68,9 @@ class Device:
         written = inputs.slots < self.pools.shape[1]
         assert np.unique(inputs.slots[written]).size == written.sum(), "two tokens in one slot"
         assert (inputs.slots[written] >= self.page_size).all(), "written to the null page"
+        is_long = inputs.rope_lens > self.long_after
         for at in np.flatnonzero(written):
-            self.pools[0, inputs.slots[at]] = entry(
-                int(tokens[at]), int(inputs.positions[at]), int(inputs.rope_lens[at])
-            )
+            self.pools[0, inputs.slots[at]] = entry(int(tokens[at]), int(inputs.positions[at]), bool(is_long[at]))
         for row, queries in self.queries(inputs):
             values = np.asarray(hashes(self.read(0, inputs, row)))
             self.pools[1, inputs.slots[queries]] = values[inputs.positions[queries]]
@@ -110,6 +111,7 @@ class Engine:
         budget: int = 64,
         max_chunks: int | None = None,
         caching: bool = True,
+        long_after: int = NEVER,
     ) -> None:
         self.max_model_len = (num_pages - 1) * page_size
         self.pool = PagePool(num_pages, page_size, enable_caching=caching)
@@ -121,11 +123,12 @@ class Engine:
             max_pages=num_pages - 1,
         )
         self.buckets = batch.make_buckets(max_num_seqs, budget)
-        self.device = Device(num_pages, page_size)
+        self.device = Device(num_pages, page_size, long_after)
         self.sequences: list[Sequence] = []
         self.in_flight: InFlight | None = None
 
     def add(self, prompt: list[int], max_tokens: int = 4, **params: object) -> Sequence:
+        is_long = len(prompt) > self.device.long_after
         sequence = Sequence(
             request_id=str(len(self.sequences)),
             index=0,
@@ -134,7 +137,8 @@ class Engine:
             token_ids=list(prompt),
             max_tokens=min(max_tokens, self.max_model_len - len(prompt)),
             seed=(0, 0),
-            salt=b"long" if len(prompt) > LONG else b"",
+            salt=LONG_ROPE if is_long else b"",
+            long_after=None if is_long else self.device.long_after,
         )
         self.sequences.append(sequence)
         self.scheduler.add(sequence)
@@ -185,7 +189,7 @@ class Engine:
     def expected(self, sequence: Sequence) -> list[int]:
         """What it must hold in the end: the prompt and the answer to it."""
         prompt = tuple(sequence.token_ids[: sequence.prompt_len])
-        return answer(prompt, sequence.max_tokens, tuple(sequence.params.stop_token_ids))
+        return answer(prompt, sequence.max_tokens, tuple(sequence.params.stop_token_ids), self.device.long_after)
 
     def check(self, plan: Plan) -> None:
         """What holds of every plan and of everybody's pages right after it was made."""
@@ -376,53 +380,76 @@ def test_a_sequence_as_long_as_the_pool_runs() -> None:
     assert sequence.token_ids == engine.expected(sequence)
 
 
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_sequence_that_outgrows_its_ropes_is_computed_anew_and_shares_only_with_its_like(others: int) -> None:
+    engine = Engine(page_size=2, budget=5, long_after=6)
+    for token in range(others):
+        engine.add([token] * 4, max_tokens=8)
+    grown = engine.add([0, 1, 2, 0], max_tokens=8)
+    engine.run()
+    assert grown.token_ids == engine.expected(grown)
+    engine.add(grown.token_ids[:6], max_tokens=1)
+    engine.add(grown.token_ids, max_tokens=1)
+    engine.run()
+    assert engine.sequences[-2].num_cached_tokens == 4
+    assert engine.sequences[-1].num_cached_tokens == 10
+    assert all(s.token_ids == engine.expected(s) for s in engine.sequences)
+
+
 # Any order of events
 
 
 class EngineMachine(RuleBasedStateMachine):
     """Sequences come, go on, stop and are aborted in pools so small that they fight for pages."""
 
-    @initialize(data=st.data())
-    def start(self, data: st.DataObject) -> None:
-        max_num_seqs = data.draw(st.integers(1, 6))
-        self.engine = Engine(
-            num_pages=data.draw(st.integers(3, 14)),
-            page_size=data.draw(st.sampled_from([1, 2, 4])),
-            max_num_seqs=max_num_seqs,
-            budget=data.draw(st.integers(1, 24)),
-            max_chunks=data.draw(st.integers(1, max_num_seqs)),
-            caching=data.draw(st.booleans()),
-        )
+    @initialize(
+        pool=st.sampled_from([(18, 1), (9, 2), (14, 2), (6, 4), (9, 4)]),
+        max_num_seqs=st.sampled_from([1, 2, 3, 6]),
+        budget=st.sampled_from([1, 3, 8, 24]),
+        max_chunks=st.sampled_from([1, 2, 6]),
+        caching=st.sampled_from([True, True, False]),
+        long_after=st.sampled_from([NEVER, 6]),
+    )
+    def start(self, pool: tuple[int, int], max_num_seqs: int, max_chunks: int, **limits: int) -> None:
+        self.engine = Engine(*pool, max_num_seqs, max_chunks=min(max_chunks, max_num_seqs), **limits)
 
     @rule(
         data=st.data(),
-        tail=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8),
-        max_tokens=st.integers(1, 12),
-        stop=st.sampled_from([(), (0,), (0, 1)]),
+        tails=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8), min_size=1, max_size=4),
+        max_tokens=st.sampled_from([1, 5, 12, 20]),
+        stop=st.sampled_from([(), (), (), (0,)]),
         params=st.sampled_from([{}, {}, {}, {"repetition_penalty": 1.1}, {"prompt_logprobs": 1}]),
     )
     def add(
-        self, data: st.DataObject, tail: list[int], max_tokens: int, stop: tuple[int, ...], params: dict[str, float]
+        self,
+        data: st.DataObject,
+        tails: list[list[int]],
+        max_tokens: int,
+        stop: tuple[int, ...],
+        params: dict[str, float],
     ) -> None:
-        """A new prompt, or one that goes on from some earlier sequence's tokens."""
+        """Prompts that begin alike, some of them with what an earlier sequence holds."""
         head = data.draw(st.sampled_from(self.engine.sequences)).token_ids if self.engine.sequences else []
-        prompt = head[: data.draw(st.integers(0, len(head)))] + tail
-        prompt = prompt[: self.engine.max_model_len - 1]
-        self.engine.add(prompt, max_tokens, stop_token_ids=stop, **params)
+        head = head[: data.draw(st.sampled_from([0, 3, 6, 20]))]
+        for tail in tails:
+            prompt = (head + tail)[: self.engine.max_model_len - 1]
+            self.engine.add(prompt, max_tokens, stop_token_ids=stop, **params)
 
-    @rule(times=st.integers(1, 6))
+    @rule(times=st.sampled_from([1, 2, 5, 12]))
     def step(self, times: int) -> None:
         for _ in range(times):
             self.engine.step()
 
-    @precondition(lambda self: self.engine.unfinished)
+    @precondition(lambda self: len(self.engine.unfinished) > 3)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         self.engine.scheduler.finish(data.draw(st.sampled_from(self.engine.unfinished)), "abort")
 
-    @rule()
-    def reset_prefix_cache(self) -> None:
-        self.engine.pool.reset_prefix_cache()
+    @rule(times=st.integers(0, 4))
+    def reset_prefix_cache(self, times: int) -> None:
+        """Seldom, or there is nothing to reset."""
+        if times == 1:
+            self.engine.pool.reset_prefix_cache()
 
     @invariant()
     def pages_are_in_order_and_tokens_are_right(self) -> None:
