@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv, from PyPI, and nothing outside it.
-# `make test` leaves out what is marked slow (the real model over many prompts, wheels and sdists): `make test-slow`
-# runs that, and .ci/run runs both.
+# `make test` leaves out what is marked slow, which `make test-slow` runs: the real model, the engine over every family,
+# peak memory of conversion, long random orders of scheduling, benchmarks, wheel and sdist. .ci/run runs both.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
