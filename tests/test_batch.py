@@ -45,13 +45,13 @@ def pack(plan: Plan, bucket: Bucket, feedback: dict[Sequence, int] | None = None
 
 @pytest.fixture
 def plan() -> Plan:
-    """Two decodes, the second of a token still on the device, and three chunks: from 0, from the middle, to the end."""
-    known = sequence([1, 2, 3, 4, 5, 6], pages=[3, 5], prompt_len=2)
+    """One token of a prompt, one still on the device, and three chunks: from 0, from the middle, to the end."""
+    known = sequence([1, 2, 3, 4, 5, 6, 7, 8], pages=[3, 5])
     unread = sequence([7, 8, 9, 10], pages=[4, 6], prompt_len=4)
     first = sequence(range(20, 30), pages=[7, 8])
     middle = sequence(range(10, 22), pages=[9, 1, 2])
     return Plan(
-        [Chunk(known, 5, 1, True), Chunk(unread, 4, 1, True)],
+        [Chunk(known, 5, 1, False), Chunk(unread, 4, 1, True)],
         [Chunk(first, 0, 7, False), Chunk(middle, 3, 6, False), Chunk(middle, 9, 3, True)],
     )
 
@@ -108,7 +108,7 @@ def test_every_token_has_its_id_position_and_slot(plan: Plan) -> None:
     for at, s, position in tokens:
         assert inputs.positions[at] == position
         assert inputs.slots[at] == s.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
-        assert inputs.rope_lens[at] == max(s.prompt_len, position + 1)
+        assert inputs.rope_lens[at] == max(s.rope_len, position + 1)
         if inputs.feedback[at] == -1:
             assert inputs.token_ids[at] == s.token_ids[position]
 

@@ -155,6 +155,8 @@ def test_a_sequence_under_way_at_a_reset_publishes_nothing_that_can_be_found() -
     pool.reset_prefix_cache()
     pool.publish(second, parent, [3, 4])
     assert pool.match([1, 2, 3, 4, 5]) == ([], [])
+    anew = filled(pool, [1, 2])
+    assert pool.match([1, 2, 3, 4, 5])[0] == anew
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -39,17 +40,21 @@ def hashes(entries: list[int]) -> list[int]:
     return found
 
 
-def next_token(values: list[int]) -> int:
-    return hash(tuple(values)) % VOCAB
+def next_token(values: list[int], index: int) -> int:
+    """Forks of the same tokens go on differently: `index` stands for their seeds."""
+    return (hash(tuple(values)) + index) % VOCAB
 
 
 @cache
-def answer(prompt: tuple[int, ...], max_tokens: int, stop_token_ids: tuple[int, ...], long_after: int) -> list[int]:
+def answer(
+    prompt: tuple[int, ...], index: int, max_tokens: int, stop_token_ids: tuple[int, ...], long_after: int
+) -> list[int]:
     """What the model says without pages, steps or batches."""
     token_ids = list(prompt)
     for _ in range(max_tokens):
         is_long = len(token_ids) > long_after
-        token_ids.append(next_token(hashes([entry(t, position, is_long) for position, t in enumerate(token_ids)])))
+        entries = [entry(t, position, is_long) for position, t in enumerate(token_ids)]
+        token_ids.append(next_token(hashes(entries), index))
         if token_ids[-1] in stop_token_ids:
             break
     return token_ids
@@ -63,7 +68,13 @@ class Device:
         self.long_after = long_after
         self.pools = np.random.default_rng(0).integers(-(2**60), 2**60, (2, num_pages * page_size))
 
-    def step(self, inputs: StepInputs, sampled: np.ndarray) -> np.ndarray:
+    def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        pages = self.pools.reshape(2, -1, self.page_size)
+        real = targets < pages.shape[1]
+        assert np.unique(targets[real]).size == real.sum(), "two copies to one page"
+        pages[:, targets[real]] = pages[:, sources[real]]
+
+    def step(self, inputs: StepInputs, sampled: np.ndarray, indices: np.ndarray) -> np.ndarray:
         tokens = np.where(inputs.feedback >= 0, sampled[inputs.feedback], inputs.token_ids)
         written = inputs.slots < self.pools.shape[1]
         assert np.unique(inputs.slots[written]).size == written.sum(), "two tokens in one slot"
@@ -74,9 +85,11 @@ class Device:
         for row, queries in self.queries(inputs):
             values = np.asarray(hashes(self.read(0, inputs, row)))
             self.pools[1, inputs.slots[queries]] = values[inputs.positions[queries]]
-        rows = np.zeros(len(inputs.kv_lens), np.int64)
-        for row, _ in self.queries(inputs):
-            rows[row] = next_token(self.read(1, inputs, row))
+        last = {queries.stop - 1: self.read(1, inputs, row) for row, queries in self.queries(inputs)}
+        rows = np.zeros(len(inputs.logit_rows), np.int64)
+        for row, at in enumerate(inputs.logit_rows):
+            if at in last:
+                rows[row] = next_token(last[at], int(indices[row]))
         return rows
 
     def read(self, layer: int, inputs: StepInputs, row: int) -> list[int]:
@@ -125,9 +138,10 @@ class Engine:
         self.buckets = batch.make_buckets(max_num_seqs, budget)
         self.device = Device(num_pages, page_size, long_after)
         self.sequences: list[Sequence] = []
+        self.forked_at: dict[Sequence, int] = {}  # how many tokens were another's
         self.in_flight: InFlight | None = None
 
-    def add(self, prompt: list[int], max_tokens: int = 4, **params: object) -> Sequence:
+    def add(self, prompt: list[int], max_tokens: int = 4, n: int = 1, priority: int = 0, **params: object) -> Sequence:
         is_long = len(prompt) > self.device.long_after
         sequence = Sequence(
             request_id=str(len(self.sequences)),
@@ -139,10 +153,19 @@ class Engine:
             seed=(0, 0),
             salt=LONG_ROPE if is_long else b"",
             long_after=None if is_long else self.device.long_after,
+            priority=priority,
         )
-        self.sequences.append(sequence)
+        sequence.forks = [sequence.fork(index, (0, index)) for index in range(1, n)]
+        self.sequences += [sequence, *sequence.forks]
         self.scheduler.add(sequence)
         return sequence
+
+    def fork(self, parent: Sequence) -> Sequence:
+        child = parent.fork(1 + max(s.index for s in self.sequences if s.request_id == parent.request_id), (0, 0))
+        self.sequences.append(child)
+        self.forked_at[child] = len(child.token_ids)
+        self.scheduler.fork(parent, child)
+        return child
 
     @property
     def unfinished(self) -> list[Sequence]:
@@ -158,22 +181,27 @@ class Engine:
             self.read(before)
         return plan
 
-    def run(self) -> int:
-        """Steps until all have finished. The oldest moves on in one step of two, so there is a bound."""
+    def run(self, until: Callable[[], bool] | None = None) -> None:
+        """Step until then, or until all have finished. The oldest moves on in one step of two: there is a bound."""
+        done = until or (lambda: not self.unfinished and self.in_flight is None)
         most = 2 + sum(2 * (s.prompt_len + s.max_tokens) + 4 for s in self.unfinished)
-        for steps in range(most + 1):
-            if not self.unfinished and self.in_flight is None:
-                return steps
+        for _ in range(most):
+            if done():
+                return
             self.step()
-        raise AssertionError(f"not finished after {most} steps")
+        assert done(), f"not there after {most} steps"
 
     def dispatch(self, plan: Plan, before: InFlight | None) -> InFlight:
         bucket = batch.choose(plan, self.buckets)
         feedback = {chunk.sequence: row for row, chunk in before.rows if chunk.samples} if before else {}
         size, pages = self.pool.page_size, self.pool.num_pages
         inputs = batch.pack(plan, bucket, feedback, max_pages=pages - 1, page_size=size, num_pages=pages)
-        tokens = self.device.step(inputs, before.tokens if before else np.zeros(1, np.int64))
-        return InFlight(list(batch.rows_of(plan, bucket)), tokens)
+        rows = list(batch.rows_of(plan, bucket))
+        indices = np.zeros(bucket.num_rows, np.int64)
+        for row, chunk in rows:
+            indices[row] = chunk.sequence.index
+        self.device.copy(*batch.pack_copies(plan, bucket.num_rows, pages))
+        return InFlight(rows, self.device.step(inputs, before.tokens if before else np.zeros(1, np.int64), indices))
 
     def read(self, step: InFlight) -> None:
         for row, (sequence, _, _, samples) in step.rows:
@@ -188,8 +216,9 @@ class Engine:
 
     def expected(self, sequence: Sequence) -> list[int]:
         """What it must hold in the end: the prompt and the answer to it."""
-        prompt = tuple(sequence.token_ids[: sequence.prompt_len])
-        return answer(prompt, sequence.max_tokens, tuple(sequence.params.stop_token_ids), self.device.long_after)
+        begin = self.forked_at.get(sequence, sequence.prompt_len)
+        given, left = tuple(sequence.token_ids[:begin]), sequence.max_tokens - (begin - sequence.prompt_len)
+        return answer(given, sequence.index, left, tuple(sequence.params.stop_token_ids), self.device.long_after)
 
     def check(self, plan: Plan) -> None:
         """What holds of every plan and of everybody's pages right after it was made."""
@@ -201,6 +230,11 @@ class Engine:
         assert {c.length for c in plan.decodes} <= {1}
         assert all(c.length > 1 for c in plan.chunks)
         assert len({c.sequence for c in planned}) == len(planned)
+        assert not {c.sequence for c in planned} & {f.sequence for f in plan.forks}
+        held = Counter(page for s in scheduler.running for page in s.pages)
+        for sequence, start, length, _ in planned:
+            written = sequence.pages[start // self.pool.page_size : -(-(start + length) // self.pool.page_size)]
+            assert all(held[page] == 1 for page in written), "written by one and held by another"
         for sequence, start, length, samples in planned:
             assert sequence in scheduler.running
             assert start + length == sequence.num_computed_tokens
@@ -221,8 +255,6 @@ class Engine:
             pages = sequence.pages
             assert len(set(pages)) == len(pages) == -(-sequence.num_computed_tokens // size)
             np.testing.assert_array_equal(sequence.page_table, pages + [0] * (self.pool.num_pages - 1 - len(pages)))
-            for index, page in enumerate(pages):  # shared pages are full for each holder: nobody writes them again
-                assert held[page] == 1 or sequence.num_computed_tokens >= (index + 1) * size
         for sequence in (*self.scheduler.waiting, *(s for s in self.sequences if s.finished)):
             assert sequence.pages == []
             assert sequence.num_computed_tokens == 0
@@ -333,10 +365,7 @@ def test_when_pages_run_out_the_youngest_gives_its_own_back_and_waits_at_the_hea
     engine = Engine(num_pages=5, page_size=2, caching=False)
     old, young = engine.add([0, 0], max_tokens=6), engine.add([1, 1], max_tokens=4)
     late = engine.add([2, 2], max_tokens=1)
-    while not young.num_preemptions:
-        engine.step()
-        late_has_run = late.finished or late in engine.scheduler.running
-    assert not late_has_run
+    engine.run(until=lambda: young.num_preemptions > 0)
     assert list(engine.scheduler.waiting) == [young, late]
     assert young.pages == []
     engine.run()
@@ -349,8 +378,7 @@ def test_when_pages_run_out_the_youngest_gives_its_own_back_and_waits_at_the_hea
 def test_a_preempted_sequence_takes_back_its_pages_where_nobody_took_them() -> None:
     engine = Engine(num_pages=8, page_size=2)
     old, young = engine.add([0] * 6, max_tokens=4), engine.add([1, 2] * 3, max_tokens=3)
-    while not young.num_preemptions:
-        engine.step()
+    engine.run(until=lambda: young.num_preemptions > 0)
     hits = engine.scheduler.prefix_cache_hits
     engine.run()
     assert old.num_preemptions == 0
@@ -396,6 +424,14 @@ def test_a_sequence_that_outgrows_its_ropes_is_computed_anew_and_shares_only_wit
     assert all(s.token_ids == engine.expected(s) for s in engine.sequences)
 
 
+def test_sequences_that_outgrow_their_ropes_together_still_share_the_chunks_of_a_step() -> None:
+    engine = Engine(max_chunks=2, long_after=6)
+    for prompt in ([0] * 5, [1] * 5, [2] * 6):  # the third comes a step later and outgrows them in the same one
+        engine.add(prompt, max_tokens=3)
+    engine.run()
+    assert all(s.token_ids == engine.expected(s) for s in engine.sequences)
+
+
 # Any order of events
 
 
@@ -418,6 +454,8 @@ class EngineMachine(RuleBasedStateMachine):
         tails=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8), min_size=1, max_size=4),
         max_tokens=st.sampled_from([1, 5, 12, 20]),
         stop=st.sampled_from([(), (), (), (0,)]),
+        n=st.sampled_from([1, 1, 1, 2, 4]),
+        priority=st.sampled_from([0, 0, 0, -1, 1]),
         params=st.sampled_from([{}, {}, {}, {"repetition_penalty": 1.1}, {"prompt_logprobs": 1}]),
     )
     def add(
@@ -426,6 +464,8 @@ class EngineMachine(RuleBasedStateMachine):
         tails: list[list[int]],
         max_tokens: int,
         stop: tuple[int, ...],
+        n: int,
+        priority: int,
         params: dict[str, float],
     ) -> None:
         """Prompts that begin alike, some of them with what an earlier sequence holds."""
@@ -433,7 +473,14 @@ class EngineMachine(RuleBasedStateMachine):
         head = head[: data.draw(st.sampled_from([0, 3, 6, 20]))]
         for tail in tails:
             prompt = (head + tail)[: self.engine.max_model_len - 1]
-            self.engine.add(prompt, max_tokens, stop_token_ids=stop, **params)
+            self.engine.add(prompt, max_tokens, n, priority, stop_token_ids=stop, **params)
+
+    @precondition(lambda self: self.engine.unfinished)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        """Of sequences in any state but those that are forks to be themselves."""
+        known = [*self.engine.scheduler.running, *self.engine.scheduler.waiting]
+        self.engine.fork(data.draw(st.sampled_from(known)))
 
     @rule(times=st.sampled_from([1, 2, 5, 12]))
     def step(self, times: int) -> None:
