@@ -96,6 +96,16 @@ def test_sequences_of_one_request_differ_and_repeat(llm):
     assert [completion.index for completion in first.outputs] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("length", [1, 4, 7, 17])
+def test_completions_that_share_their_prompts_pages_are_those_computed_alone(llm, length):
+    prompt = PROMPTS[3][:length]
+    params = SamplingParams(n=4, temperature=1.0, seed=7, max_tokens=10, repetition_penalty=1.1, logprobs=2)
+    alone = make(max_num_seqs=1, enable_prefix_caching=False)
+    shared, single = (x.generate([prompt], params, use_tqdm=False)[0].outputs for x in (llm, alone))
+    assert [c.token_ids for c in shared] == [c.token_ids for c in single]
+    assert [c.cumulative_logprob for c in shared] == pytest.approx([c.cumulative_logprob for c in single], abs=1e-3)
+
+
 def test_requests_without_a_seed_differ_from_each_other(llm):
     a, b = run(llm, [PROMPTS[0]] * 2, SamplingParams(temperature=1.0, max_tokens=20))
     assert a != b

@@ -172,8 +172,9 @@ class Engine:
         return [s for s in self.sequences if not s.finished]
 
     def step(self) -> Plan:
+        held_before = {s: set(s.pages) for s in self.scheduler.running}
         plan = self.scheduler.schedule()
-        self.check(plan)
+        self.check(plan, held_before)
         before = self.in_flight
         assert before or not plan.is_empty or not self.unfinished, "nothing to do, nothing to wait for, not finished"
         self.in_flight = None if plan.is_empty else self.dispatch(plan, before)
@@ -220,7 +221,7 @@ class Engine:
         given, left = tuple(sequence.token_ids[:begin]), sequence.max_tokens - (begin - sequence.prompt_len)
         return answer(given, sequence.index, left, tuple(sequence.params.stop_token_ids), self.device.long_after)
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: Plan, held_before: dict[Sequence, set[int]]) -> None:
         """What holds of every plan and of everybody's pages right after it was made."""
         scheduler = self.scheduler
         planned = [*plan.decodes, *plan.chunks]
@@ -231,10 +232,10 @@ class Engine:
         assert all(c.length > 1 for c in plan.chunks)
         assert len({c.sequence for c in planned}) == len(planned)
         assert not {c.sequence for c in planned} & {f.sequence for f in plan.forks}
-        held = Counter(page for s in scheduler.running for page in s.pages)
         for sequence, start, length, _ in planned:
-            written = sequence.pages[start // self.pool.page_size : -(-(start + length) // self.pool.page_size)]
-            assert all(held[page] == 1 for page in written), "written by one and held by another"
+            written = set(sequence.pages[start // self.pool.page_size : -(-(start + length) // self.pool.page_size)])
+            for other in set(scheduler.running) - {sequence}:
+                assert not written & held_before.get(other, set()) & set(other.pages), "written, and held by another"
         for sequence, start, length, samples in planned:
             assert sequence in scheduler.running
             assert start + length == sequence.num_computed_tokens
@@ -430,6 +431,74 @@ def test_sequences_that_outgrow_their_ropes_together_still_share_the_chunks_of_a
         engine.add(prompt, max_tokens=3)
     engine.run()
     assert all(s.token_ids == engine.expected(s) for s in engine.sequences)
+
+
+# Forks
+
+
+def test_a_prompt_is_computed_once_for_all_its_forks_and_the_partial_page_shared() -> None:
+    engine = Engine(page_size=4)
+    parent = engine.add([0, 1, 2, 0, 1, 2], n=3)
+    plan = engine.step()
+    assert lengths(plan) == [6]
+    assert [f.sequence.pages for f in plan.forks] == [parent.pages] * 2
+    assert [engine.pool.references(page) for page in parent.pages] == [3, 3]
+    assert engine.pool.num_held == 2
+    engine.run()
+    assert [s.token_ids for s in engine.sequences] == [engine.expected(s) for s in engine.sequences]
+    assert len({tuple(s.token_ids) for s in engine.sequences}) == 3
+
+
+def test_the_first_writers_copy_a_shared_page_and_the_last_writes_in_place() -> None:
+    engine = Engine(page_size=4)
+    parent = engine.add([0, 1, 2, 0, 1, 2], n=3)
+    engine.step()
+    shared = parent.pages[1]
+    plan = engine.step()
+    assert [copy.source for copy in plan.copies] == [shared] * 2
+    assert [s.pages[1] == shared for s in engine.sequences] == [False, False, True]
+    assert {tuple(s.pages[:1]) for s in engine.sequences} == {tuple(parent.pages[:1])}
+    assert engine.step().copies == []
+
+
+def test_forks_of_a_prompt_that_fills_its_pages_copy_nothing() -> None:
+    engine = Engine(page_size=2)
+    engine.add([0, 1, 2, 0], n=3)
+    assert [engine.step().copies for _ in range(3)] == [[]] * 3
+
+
+def test_forks_that_find_no_seat_are_computed_by_themselves() -> None:
+    engine = Engine(max_num_seqs=2)
+    engine.add([0, 1, 2, 0, 1], n=5)
+    engine.run()
+    assert [s.token_ids for s in engine.sequences] == [engine.expected(s) for s in engine.sequences]
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_a_sequence_can_be_forked_at_any_moment(steps: int) -> None:
+    engine = Engine(page_size=2, budget=3)
+    parent = engine.add([0, 1, 2, 0, 1], max_tokens=9)
+    for _ in range(steps):
+        engine.step()
+    child, grandchild = engine.fork(parent), engine.fork(parent)
+    engine.run()
+    for sequence in (parent, child, grandchild):
+        assert sequence.token_ids == engine.expected(sequence)
+    assert engine.pool.num_held == 0
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_a_fork_that_has_not_begun_can_be_aborted_and_outlives_its_parent(steps: int) -> None:
+    engine = Engine(budget=3)
+    parent = engine.add([0, 1] * 4, n=3)
+    first, second = parent.forks
+    for _ in range(steps):
+        engine.step()
+    engine.scheduler.finish(first, "abort")
+    engine.scheduler.finish(parent, "abort")
+    engine.run()
+    assert second.token_ids == engine.expected(second)
+    assert engine.pool.num_held == 0
 
 
 # Any order of events

@@ -61,16 +61,17 @@ def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]
 
 
 def choose(plan: Plan, buckets: Sequence[Bucket]) -> Bucket:
-    """The smallest bucket that holds the plan. The scheduler's limits make sure that there is one."""
-    decodes, tokens, chunks = len(plan.decodes), plan.num_chunk_tokens, len(plan.chunks)
+    """The smallest bucket that holds the plan, forks in rows of decodes. The scheduler's limits leave one that does."""
+    decodes, tokens, chunks = len(plan.decodes) + len(plan.forks), plan.num_chunk_tokens, len(plan.chunks)
     return next(
         b for b in buckets if b.num_decodes >= decodes and b.num_chunk_tokens >= tokens and b.num_chunks >= chunks
     )
 
 
 def rows_of(plan: Plan, bucket: Bucket) -> Iterator[tuple[int, Chunk]]:
-    """(row of logits, chunk) for all that is planned."""
+    """(row of logits, chunk) for all that is planned; a fork's row says what its parent's does, of the fork."""
     yield from enumerate(plan.decodes)
+    yield from enumerate((c._replace(sequence=s) for s, c in plan.forks), len(plan.decodes))
     yield from enumerate(plan.chunks, bucket.num_decodes)
 
 
@@ -116,7 +117,19 @@ def pack(
         at += length
         cu_q_lens[index + 1 :] = at - decodes
         logit_rows[row] = at - 1
+    if plan.forks:
+        wanted = {id(chunk): logit_rows[row] for row, chunk in enumerate(plan.decodes)}
+        wanted |= {id(chunk): logit_rows[row] for row, chunk in enumerate(plan.chunks, decodes)}
+        logit_rows[count : count + len(plan.forks)] = [wanted[id(fork.of)] for fork in plan.forks]
     return StepInputs(token_ids, source, positions, rope_lens, slots, page_table, kv_lens, cu_q_lens, logit_rows)
+
+
+def pack_copies(plan: Plan, size: int, num_pages: int) -> tuple[np.ndarray, np.ndarray]:
+    """Source and target pages, padded to `size` with targets past the pool. A sequence copies one page at most."""
+    sources, targets = _full(size, 0), _full(size, num_pages)
+    sources[: len(plan.copies)] = [copy.source for copy in plan.copies]
+    targets[: len(plan.copies)] = [copy.target for copy in plan.copies]
+    return sources, targets
 
 
 def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs:

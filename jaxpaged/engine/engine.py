@@ -160,8 +160,8 @@ class Engine:
         detokenizers = [Detokenizer(self.tokenizer, params, token_ids) for _ in sequences]
         self._requests[request_id] = _Tracked(request, output_kind, detokenizers, [0] * params.n)
         self._prompt_tokens += len(token_ids)
-        for sequence in sequences:
-            self.scheduler.add(sequence)
+        first, *first.forks = sequences  # the prompt is computed once
+        self.scheduler.add(first)
 
     def abort(self, request_id: str) -> bool:
         """End a request now, in whatever state; its last output comes with the next step. False for an unknown id."""
@@ -376,8 +376,9 @@ class Engine:
     def _measure_waste(self) -> None:
         """A held slot is wasted while no token is in it: at most the rest of each sequence's last page."""
         size = self.pool.page_size
+        last = {s.pages[-1]: len(s.pages) * size - s.num_computed_tokens for s in self.scheduler.running if s.pages}
         self._slots_held += self.pool.num_held * size
-        self._slots_wasted += sum(len(s.pages) * size - s.num_computed_tokens for s in self.scheduler.running)
+        self._slots_wasted += sum(last.values())
 
 
 def request_ids(prefix: str = "request") -> Iterator[str]:

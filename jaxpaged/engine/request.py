@@ -7,7 +7,7 @@ Sequences are what the scheduler schedules. A sequence has `num_tokens` and `num
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,7 +32,11 @@ class Sequence:
     seed: tuple[int, int]  # two 32-bit words
     eos_token_ids: frozenset[int] = frozenset()  # that end it; empty where they are ignored
     bad_words: tuple[tuple[int, ...], ...] = ()  # `params.bad_words` as token ids
-    salt: bytes = b""  # sequences share pages only where their salts are equal
+    salt: bytes = b""  # sequences share pages only where their salts are equal,
+    cache_salt: bytes = b""  # both this one, told by how keys are rotated, and the caller's own
+    priority: int = 0  # the lowest is served first
+    arrival: int = 0  # the scheduler's count of requests
+    chosen_on_host: bool = False  # each next token is: it waits for one
     rope_len: int = 0  # tokens are rotated for max(this, position + 1), at first for the prompt's length
     long_after: int | None = None  # once longer than this, all keys are computed anew for `long` ropes
     num_computed_tokens: int = 0
@@ -44,12 +48,23 @@ class Sequence:
     page_table: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # `pages` in an array, zeros behind
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    forks: list[Sequence] = field(default_factory=list)  # of the same tokens, to go on from its next logits
     cumulative_logprob: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """See `rope_len`."""
         self.rope_len = self.rope_len or self.prompt_len
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Who comes first: by priority, then by arrival."""
+        return self.priority, self.arrival, self.index
+
+    @property
+    def prefix_salt(self) -> bytes:
+        """What must be equal for pages to be shared through the prefix cache."""
+        return bytes([len(self.salt)]) + self.salt + self.cache_salt
 
     @property
     def num_tokens(self) -> int:
@@ -81,12 +96,30 @@ class Sequence:
         if self.num_pending_tokens == 0:
             return False
         is_full = self.num_tokens - self.prompt_len >= self.max_tokens
-        return is_full or self.outgrows_ropes or needs_history(self.params)
+        return is_full or self.chosen_on_host or self.outgrows_ropes or needs_history(self.params)
 
     @property
     def outgrows_ropes(self) -> bool:
         """True once its keys must be computed anew with long ropes."""
         return self.long_after is not None and self.num_tokens > self.long_after
+
+    def fork(self, index: int, seed: tuple[int, int]) -> Sequence:
+        """Another sequence of the tokens known so far, nothing of it computed or shared yet."""
+        return replace(
+            self,
+            index=index,
+            seed=seed,
+            token_ids=list(self.token_ids),
+            num_computed_tokens=0,
+            num_pending_tokens=0,
+            num_cached_tokens=0,
+            num_preemptions=0,
+            pages=[],
+            digests=[],
+            page_table=np.zeros(0, np.int32),
+            forks=[],
+            logprobs=list(self.logprobs),
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +132,7 @@ class Request:
     params: SamplingParams
     metrics: RequestMetrics
     sequences: list[Sequence]
+    seed: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property

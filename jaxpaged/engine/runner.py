@@ -27,7 +27,7 @@ from jaxpaged.engine.request import Sequence
 from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.errors import ConfigError
 from jaxpaged.model import sampling
-from jaxpaged.model.cache import KVCache, init_cache, page_bytes, scrub
+from jaxpaged.model.cache import KVCache, copy_pages, init_cache, page_bytes, scrub
 from jaxpaged.model.params import Params, check_params
 from jaxpaged.model.sampling import Edits, Logprobs, SamplingInputs, StepOutputs
 from jaxpaged.model.spec import Decoder
@@ -89,7 +89,7 @@ class Runner:
     def warm_up(self, *, show_progress: bool = True) -> None:
         """Compile every function for every bucket, so that no later step compiles."""
         started = time.monotonic()
-        jobs: list[Callable[[], object]] = [self._scrub]
+        jobs: list[Callable[[], object]] = [self._scrub, self._copy_pages]
         for bucket in self.buckets:
             jobs.append(partial(self._forward, bucket))
             jobs += [partial(f, bucket.num_rows) for f in (self._sample, self._edit, self._restrict)]
@@ -114,6 +114,8 @@ class Runner:
             page_size=self.cache.page_size,
             num_pages=self.cache.num_pages,
         )
+        if plan.copies:
+            self.cache = self._copy_pages()(self.cache, *batch.pack_copies(plan, self._max_rows, self.cache.num_pages))
         sampled = before.outputs.tokens if before else self._nothing_sampled
         self.cache, (raw, hidden) = self._forward(bucket)(self.params, self.cache, inputs, sampled)
         logits = self._edited(raw, plan, bucket)
@@ -223,6 +225,10 @@ class Runner:
 
     def _scrub(self) -> Callable[..., KVCache]:
         return self._compile(("scrub", 0), jax.jit(scrub, donate_argnums=0), self.cache, _shape(self.max_pages))
+
+    def _copy_pages(self) -> Callable[..., KVCache]:
+        pages = _shape(self._max_rows)
+        return self._compile(("copy", 0), jax.jit(copy_pages, donate_argnums=0), self.cache, pages, pages)
 
     def _logits(self, rows: int) -> Any:
         return _shape(rows, self.spec.vocab_size, dtype=np.float32)

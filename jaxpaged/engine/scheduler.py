@@ -1,24 +1,33 @@
 """Which sequences compute how many tokens this step. Owns waiting and running; pages belong to PagePool.
 
-One rule: every running sequence, oldest first, catches up with its tokens under one budget; what is left admits waiting
-ones. A sequence one token behind is a decode, one further behind computes a chunk of its prompt. When pages run out the
-youngest running sequence is preempted: its pages go back, and it waits, at the head of the queue, to be computed again.
-The oldest is never preempted for another, and each sequence fits the pool alone, so every step makes progress.
+One rule: every running sequence, first come first, catches up with its tokens under one budget; what is left admits
+waiting ones. A sequence one token behind is a decode, one further behind computes a chunk of its prompt. When pages run
+out the last running sequence is preempted: its pages go back, and it waits to be computed again.
+
+Who is first is told by priority, then by arrival, and it is told strictly: no sequence is admitted before another that
+comes first, and none is preempted for one that comes later. So under equal priorities a request waits for earlier ones
+only. The first is never preempted for another, and each sequence fits the pool alone, so every step makes progress.
+
+Forks share the pages of the sequence that they come from, the last and partial one too. Reference counts tell: who
+writes to a page that others hold takes a copy first, and the last holder writes in place.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpaged.engine.page_pool import PagePool
+from jaxpaged.engine.page_pool import NULL_PAGE, PagePool
 from jaxpaged.engine.request import Sequence
 from jaxpaged.outputs import FinishReason
 
 LONG_ROPE = b"long"
 """The salt of sequences whose keys are rotated with the long factors of a `LongRopeScaling`."""
+
+_order = attrgetter("order")
 
 
 class Chunk(NamedTuple):
@@ -30,11 +39,27 @@ class Chunk(NamedTuple):
     samples: bool
 
 
+class Fork(NamedTuple):
+    """A sequence that samples its next token from the logits of another one's chunk or decode in the same step."""
+
+    sequence: Sequence
+    of: Chunk
+
+
+class Copy(NamedTuple):
+    """A page to be copied before the step computes anything. Copies of one step happen at once."""
+
+    source: int
+    target: int
+
+
 class Plan(NamedTuple):
-    """One step's decision: sequences with one token each, and chunks of more."""
+    """One step's decision: sequences with one token each, chunks of more, forks of both, and pages to copy first."""
 
     decodes: list[Chunk]
     chunks: list[Chunk]
+    forks: list[Fork] = []  # noqa: RUF012  # nobody changes the defaults: `schedule` gives lists of its own
+    copies: list[Copy] = []  # noqa: RUF012
 
     @property
     def is_empty(self) -> bool:
@@ -48,46 +73,81 @@ class Plan(NamedTuple):
 
 
 class Scheduler:
-    """Continuous batching, first come first served."""
+    """Continuous batching: who comes first is served first."""
 
     def __init__(
-        self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_num_chunks: int, max_pages: int
+        self,
+        pool: PagePool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_chunks: int,
+        max_pages: int,
+        long_prefill_token_threshold: int | None = None,
+        max_num_partial_prefills: int | None = None,
+        window: int | None = None,
     ) -> None:
-        """Limits of one step: sequences, tokens, chunks. `max_pages` is the width of a page table."""
+        """Limits of one step: sequences, tokens, chunks. `max_pages` is the width of a page table.
+
+        A chunk has at most `long_prefill_token_threshold` tokens, and at most `max_num_partial_prefills` sequences are
+        under way whose prompts need another step. `window` is the most keys that any layer's query sees, None where
+        a layer sees all: pages that have fallen out of it are given back.
+        """
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_chunks = max_num_chunks
         self.max_pages = max_pages
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self.max_chunk_len = long_prefill_token_threshold or max_num_batched_tokens
+        self.max_num_partial_prefills = max_num_partial_prefills
+        self.window = window
+        self.waiting: list[Sequence] = []  # the next to be admitted first
+        self.running: list[Sequence] = []  # the first to be served first, the last to be preempted last
+        self.num_arrivals = 0
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens looked up
         self.prefix_cache_hits = 0  # tokens found
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. That it can fit the pool is the caller's check."""
-        self.waiting.append(sequence)
+        """Queue a sequence, its forks with it. That it can fit the pool is the caller's check."""
+        for one in (sequence, *sequence.forks):
+            one.arrival = self.num_arrivals
+        self.num_arrivals += 1
+        insort(self.waiting, sequence, key=_order)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Start `child`, whose tokens begin with those computed of `parent`, from there: the pages are shared.
+
+        Where the parent is still to compute what the child needs, the child waits for the same logits; where there is
+        no room for it now, it waits to be computed by itself.
+        """
+        child.arrival = parent.arrival
+        if parent.num_pending_tokens == 0 and parent.token_ids == child.token_ids:
+            parent.forks.append(child)
+        elif parent in self.running and len(self.running) < self.max_num_seqs:
+            self._share(parent, child, min(parent.num_computed_tokens, len(child.token_ids) - 1))
+        else:
+            insort(self.waiting, child, key=_order)
 
     def schedule(self) -> Plan:
         """Decide the next step and take the pages it needs; counts its tokens as computed."""
-        plan = Plan([], [])
+        plan = Plan([], [], [], [])
         budget = self.max_num_batched_tokens
         preempted = False
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
             self._lengthen(sequence)
-            behind = sequence.num_tokens - sequence.num_computed_tokens
-            length = min(behind, budget)
-            if sequence.awaits_tokens or length == 0 or (length > 1 and len(plan.chunks) == self.max_num_chunks):
+            length = self._length(sequence, budget)
+            crowded = length > 1 and len(plan.chunks) == self.max_num_chunks
+            if sequence.awaits_tokens or length == 0 or crowded or _is_forked(plan, sequence):
                 index += 1
                 continue
-            while not self._grow(sequence, sequence.num_computed_tokens + length):
+            while not self._grow(sequence, length, plan):
                 preempted = True
-                youngest = self.running[-1]
-                self._preempt(youngest)
-                if youngest is sequence:
+                last = self.running[-1]
+                self._preempt(last)
+                if last is sequence:
                     break
             else:
                 budget -= length
@@ -104,10 +164,16 @@ class Scheduler:
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
         if sequence in self.running:
             self.running.remove(sequence)
-        else:
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        else:
+            parent = next(s for s in (*self.running, *self.waiting) if sequence in s.forks)
+            parent.forks.remove(sequence)
+        for fork in sequence.forks:
+            insort(self.waiting, fork, key=_order)
+        sequence.forks = []
         if reason == "error":
-            self.pool.unpublish(sequence.pages)
+            self.pool.unpublish(_real(sequence.pages))
         else:
             self._publish(sequence)
         self._release(sequence)
@@ -119,16 +185,12 @@ class Scheduler:
                 return
             self._lengthen(sequence)
             self._start(sequence)
-            length = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            # All its pages must be there, and one for each that runs: to be preempted at once would help nobody.
-            missing = self._pages_for(sequence.num_tokens) - len(sequence.pages)
-            fits = missing + len(self.running) <= self.pool.num_available
-            crowded = length > 1 and len(plan.chunks) == self.max_num_chunks
-            if crowded or not fits or not self._grow(sequence, sequence.num_computed_tokens + length):
+            length = self._length(sequence, budget)
+            if not self._may_start(plan, sequence, length) or not self._grow(sequence, length, plan):
                 self._release(sequence)
                 return
-            self.waiting.popleft()
-            self.running.append(sequence)
+            del self.waiting[0]
+            insort(self.running, sequence, key=_order)
             if sequence.params.prompt_logprobs is None:
                 self.prefix_cache_queries += sequence.num_tokens
                 self.prefix_cache_hits += sequence.num_computed_tokens
@@ -136,6 +198,35 @@ class Scheduler:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             budget -= length
             self._put(plan, sequence, length)
+
+    def _may_start(self, plan: Plan, sequence: Sequence, length: int) -> bool:
+        """Whether a waiting sequence may compute its first chunk now."""
+        if length > 1 and len(plan.chunks) == self.max_num_chunks:
+            return False
+        behind = sequence.num_tokens - sequence.num_computed_tokens
+        if length < behind and self.max_num_partial_prefills is not None:
+            partial = sum(s.num_tokens - s.num_computed_tokens > 1 for s in self.running)
+            if partial >= self.max_num_partial_prefills:
+                return False
+        if not self.running:
+            return True
+        # All its pages must be there, and some for all to grow: to be preempted at once would help nobody.
+        missing = self._pages_for(sequence.num_tokens) - len(sequence.pages)
+        return missing + self._headroom(sequence) <= self.pool.num_available
+
+    def _headroom(self, sequence: Sequence) -> int:
+        """Pages to leave when a sequence is admitted: one for each that runs or forks, and for one preempted before
+        twice as many each time, up to all that they can ever need. So it cannot be preempted for ever.
+        """
+        count = len(self.running) + len(sequence.forks)
+        if sequence.num_preemptions == 0:
+            return count
+        most = 1 << sequence.num_preemptions
+        growing = (self._pages_for(s.prompt_len + s.max_tokens) - len(s.pages) + 1 for s in (*self.running, sequence))
+        return sum(min(most, pages) for pages in growing) + len(sequence.forks)
+
+    def _length(self, sequence: Sequence, budget: int) -> int:
+        return min(sequence.num_tokens - sequence.num_computed_tokens, budget, self.max_chunk_len)
 
     def _lengthen(self, sequence: Sequence) -> None:
         """Where a sequence outgrows what its keys were rotated for, begin again with the long rotation."""
@@ -148,17 +239,43 @@ class Scheduler:
         sequence.page_table = np.zeros(self.max_pages, np.int32)
         if sequence.params.prompt_logprobs is not None:
             return
-        pages, sequence.digests = self.pool.match(sequence.token_ids, sequence.salt)
+        pages, sequence.digests = self.pool.match(sequence.token_ids, sequence.prefix_salt)
         self._extend(sequence, pages)
         sequence.num_computed_tokens = len(pages) * self.pool.page_size
 
     def _put(self, plan: Plan, sequence: Sequence, length: int) -> None:
         start = sequence.num_computed_tokens
         samples = start + length == sequence.num_tokens
-        (plan.chunks if length > 1 else plan.decodes).append(Chunk(sequence, start, length, samples))
+        chunk = Chunk(sequence, start, length, samples)
+        (plan.chunks if length > 1 else plan.decodes).append(chunk)
         sequence.num_computed_tokens += length
         sequence.num_pending_tokens += samples
         self._publish(sequence)
+        if samples and sequence.forks:
+            self._start_forks(plan, chunk)
+
+    def _start_forks(self, plan: Plan, chunk: Chunk) -> None:
+        """Forks sample from the same logits and go on by themselves, as many as may run; the others wait for a seat."""
+        parent = chunk.sequence
+        for fork in parent.forks:
+            if len(self.running) < self.max_num_seqs:
+                self._share(parent, fork, parent.num_computed_tokens)
+                fork.num_pending_tokens += 1
+                plan.forks.append(Fork(fork, chunk))
+            else:
+                insort(self.waiting, fork, key=_order)
+        parent.forks = []
+
+    def _share(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
+        """Let `child` run with the parent's first `num_tokens` tokens as its own, computed already."""
+        pages = parent.pages[: self._pages_for(num_tokens)]
+        self.pool.retain(_real(pages))
+        child.page_table = np.zeros(self.max_pages, np.int32)
+        self._extend(child, pages)
+        child.digests = parent.digests[: num_tokens // self.pool.page_size]
+        child.num_computed_tokens = num_tokens
+        child.rope_len, child.salt, child.long_after = parent.rope_len, parent.salt, parent.long_after
+        insort(self.running, child, key=_order)
 
     def _publish(self, sequence: Sequence) -> None:
         """Make known every page full of known tokens. Steps run in order, so a later one may read it already."""
@@ -167,16 +284,39 @@ class Scheduler:
         for index in range(len(sequence.digests), full):
             parent = sequence.digests[-1] if sequence.digests else None
             tokens = sequence.token_ids[index * size : (index + 1) * size]
-            sequence.digests.append(self.pool.publish(sequence.pages[index], parent, tokens, sequence.salt))
+            sequence.digests.append(self.pool.publish(sequence.pages[index], parent, tokens, sequence.prefix_salt))
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Pages for the first `num_tokens` tokens; False, and nothing changed, where the pool has too few."""
-        missing = self._pages_for(num_tokens) - len(sequence.pages)
-        if missing > self.pool.num_available:
+    def _grow(self, sequence: Sequence, length: int, plan: Plan) -> bool:
+        """Pages to write the next `length` tokens to, held by nobody else; False where the pool has too few of them."""
+        self._slide(sequence)
+        start = sequence.num_computed_tokens
+        index, offset = divmod(start, self.pool.page_size)
+        is_shared = offset > 0 and self.pool.references(sequence.pages[index]) > 1
+        missing = self._pages_for(start + length) - len(sequence.pages)
+        if missing + is_shared > self.pool.num_available:
             return False
+        if is_shared:
+            source, (target,) = sequence.pages[index], self.pool.allocate(1)
+            self.pool.release([source])
+            sequence.pages[index] = sequence.page_table[index] = target
+            plan.copies.append(Copy(source, target))
+        elif offset > 0:
+            self.pool.unpublish([sequence.pages[index]])  # a fork may begin inside a page that its parent has filled
         if missing > 0:
             self._extend(sequence, self.pool.allocate(missing))
         return True
+
+    def _slide(self, sequence: Sequence) -> None:
+        """Give back the pages that neither the next token nor any after it will see."""
+        if self.window is None:
+            return
+        unseen = max(0, sequence.num_computed_tokens - self.window + 1) // self.pool.page_size
+        for index in range(min(unseen, len(sequence.digests)) - 1, -1, -1):
+            page = sequence.pages[index]
+            if page == NULL_PAGE:
+                return
+            self.pool.release([page])
+            sequence.pages[index] = sequence.page_table[index] = NULL_PAGE
 
     def _extend(self, sequence: Sequence, pages: list[int]) -> None:
         held = len(sequence.pages)
@@ -188,13 +328,23 @@ class Scheduler:
         self._release(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_order)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
+        self.pool.release(_real(sequence.pages))
         sequence.page_table[: len(sequence.pages)] = 0
         sequence.pages, sequence.digests = [], []
         sequence.num_computed_tokens = 0
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.page_size)
+
+
+def _is_forked(plan: Plan, sequence: Sequence) -> bool:
+    """True where it samples in this step already."""
+    return any(fork.sequence is sequence for fork in plan.forks)
+
+
+def _real(pages: list[int]) -> list[int]:
+    """Without those given back already."""
+    return [page for page in pages if page != NULL_PAGE]

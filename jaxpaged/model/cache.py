@@ -59,3 +59,8 @@ def scrub(cache: KVCache, page_ids: Int[Array, " N"]) -> KVCache:
     position has weight 0, and 0 x NaN would reach whoever gets the page next.
     """
     return KVCache(tuple(pool.at[page_ids].set(jnp.zeros((), pool.dtype), mode="drop") for pool in cache.pools))
+
+
+def copy_pages(cache: KVCache, sources: Int[Array, " N"], targets: Int[Array, " N"]) -> KVCache:
+    """The cache with page sources[n] copied to page targets[n], all at once; targets past the pool are dropped."""
+    return KVCache(tuple(pool.at[targets].set(pool[sources], mode="drop") for pool in cache.pools))
