@@ -20,6 +20,7 @@ WORDS = ("jaxpaged.errors", "jaxpaged.settings", "jaxpaged.sampling_params", "ja
 MAY_IMPORT = {
     "jaxpaged.kernels": ("jaxpaged.kernels",),
     "jaxpaged.model": ("jaxpaged.model", "jaxpaged.kernels", "jaxpaged.errors"),
+    "jaxpaged.functional": ("jaxpaged.model", "jaxpaged.kernels", "jaxpaged.errors"),
     "jaxpaged.convert": ("jaxpaged.convert", "jaxpaged.model.spec", "jaxpaged.model.params", "jaxpaged.errors"),
     "jaxpaged.convert.__main__": ("jaxpaged",),
     "jaxpaged.engine": ("jaxpaged.engine", "jaxpaged.model", "jaxpaged.kernels", *WORDS),
