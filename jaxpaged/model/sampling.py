@@ -162,8 +162,6 @@ def _bisect(x: Float[Array, "R V"], enough) -> Float[Array, " R"]:  # type: igno
     infinity = jnp.full(x.shape[0], 0x7F800000, jnp.uint32)
     zero = jnp.zeros(x.shape[0], jnp.uint32)
     good, _ = lax.fori_loop(0, 31, halve, (infinity, zero))
-    # zero itself was never asked: where the likeliest tokens alone are enough, it is the answer
-    good = jnp.where(enough(x >= 0), zero, good)
     return lax.bitcast_convert_type(good | jnp.uint32(0x80000000), jnp.float32)
 
 
