@@ -44,13 +44,17 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One completion of a prompt. `stop_reason` is the stop string or stop token id that ended it, None for eos."""
+    """One completion of a prompt. `stop_reason` is the stop string or stop token id that ended it, None for eos.
+
+    `weight_versions` says for each token how often `Engine.update_params` had been called when it was made.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
     logprobs: list[TokenLogprobs] | None = None
+    weight_versions: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 

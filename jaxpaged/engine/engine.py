@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from jaxpaged.engine.request import Request, Sequence, seed_words
 from jaxpaged.engine.runner import InFlight, PromptPart, Runner
 from jaxpaged.engine.scheduler import LONG_ROPE, Scheduler
 from jaxpaged.engine.tokenizer import Tokenizer
-from jaxpaged.errors import RequestError
+from jaxpaged.engine.weights import fitting
+from jaxpaged.errors import ConfigError, RequestError
 from jaxpaged.model.params import Params
 from jaxpaged.model.sampling import MAX_LOGPROBS, Logprobs
 from jaxpaged.model.spec import Decoder, DynamicNtkScaling, LongRopeScaling
@@ -32,6 +33,9 @@ from jaxpaged.sampling_params import SamplingParams
 
 OutputKind = Literal["cumulative", "delta", "final"]
 """What `step` returns of a request that moved on: all so far, what is new, or nothing before its end."""
+
+UpdatePolicy = Literal["keep", "recompute", "abort"]
+"""What happens to requests under way when the weights change."""
 
 Prompt = str | Seq[int]
 """Text, or token ids."""
@@ -190,6 +194,25 @@ class Engine:
         """Forget all cached prefixes; running requests are not touched."""
         self.pool.reset_prefix_cache()
 
+    def update_params(self, params: Params, policy: UpdatePolicy = "keep") -> None:
+        """Use other weights from the next step on: the given arrays themselves where they lie as the old ones do.
+
+        All of them or none: raises ConfigError that lists every leaf that does not fit. Nothing is compiled. Requests
+        under way go on with the keys and values they have (`keep`), have them computed anew (`recompute`) or end
+        (`abort`). Prefixes cached so far are forgotten. `CompletionOutput.weight_versions` tells which weights made
+        which token: 0 the first, one more with each call.
+        """
+        if policy not in get_args(UpdatePolicy):
+            raise ConfigError(f"policy is {policy!r}; known: {', '.join(get_args(UpdatePolicy))}")
+        self.runner.params = fitting(params, self.runner.params, self.spec)
+        self.runner.param_version += 1
+        self.pool.reset_prefix_cache()
+        if policy == "recompute":
+            self.scheduler.preempt_all()
+        elif policy == "abort":
+            for request_id in list(self._requests):
+                self.abort(request_id)
+
     def stats(self) -> EngineStats:
         """What the engine is doing and has done."""
         return EngineStats(
@@ -273,6 +296,7 @@ class Engine:
             if not healthy[row]:
                 self._finish(sequence, tracked.detokenizers[sequence.index], "error", "the logits are not finite")
                 continue
+            sequence.weight_versions.append(step.param_version)
             self._take_token(tracked, sequence, tokens[row], outputs.logprobs, row)
             metrics = tracked.request.metrics
             metrics.first_token_time = metrics.first_token_time or now
@@ -334,6 +358,7 @@ class Engine:
                     token_ids=sequence.token_ids[first:],
                     cumulative_logprob=sequence.cumulative_logprob if wanted else None,
                     logprobs=sequence.logprobs[first - sequence.prompt_len :] if wanted else None,
+                    weight_versions=sequence.weight_versions[first - sequence.prompt_len :],
                     finish_reason=sequence.finish_reason,
                     stop_reason=sequence.stop_reason,
                 )

@@ -36,7 +36,9 @@ class Sequence:
     cache_salt: bytes = b""  # both this one, told by how keys are rotated, and the caller's own
     priority: int = 0  # the lowest is served first
     arrival: int = 0  # the scheduler's count of requests
-    chosen_on_host: bool = False  # each next token is: it waits for one
+    chosen_on_host: bool = False  # each next token is, after its logits have been read
+    awaits_choice: bool = False  # nothing is to be computed until the host has chosen a token
+    score_temperature: float = 1.0  # its logprobs are those of the logits over this
     rope_len: int = 0  # tokens are rotated for max(this, position + 1), at first for the prompt's length
     long_after: int | None = None  # once longer than this, all keys are computed anew for `long` ropes
     num_computed_tokens: int = 0
@@ -51,6 +53,7 @@ class Sequence:
     forks: list[Sequence] = field(default_factory=list)  # of the same tokens, to go on from its next logits
     cumulative_logprob: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    weight_versions: list[int] = field(default_factory=list)  # of each generated token
 
     def __post_init__(self) -> None:
         """See `rope_len`."""
@@ -112,7 +115,6 @@ class Sequence:
             token_ids=list(self.token_ids),
             num_computed_tokens=0,
             num_pending_tokens=0,
-            num_cached_tokens=0,
             num_preemptions=0,
             pages=[],
             digests=[],

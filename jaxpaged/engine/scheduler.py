@@ -155,6 +155,9 @@ class Scheduler:
                 index += 1
         if not preempted:
             self._admit(plan, budget)
+        while plan.is_empty and self._is_stalled():
+            self._preempt(self.running[-1])
+            self._admit(plan, budget)
         return plan
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
@@ -178,9 +181,13 @@ class Scheduler:
             self._publish(sequence)
         self._release(sequence)
 
+    def preempt_all(self) -> None:
+        """Take all pages back: every running sequence is computed anew, in its old turn."""
+        for sequence in reversed(list(self.running)):
+            self._preempt(sequence)
+
     def _admit(self, plan: Plan, budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
+        while budget > 0 and len(self.running) < self.max_num_seqs and (sequence := self._next()):
             if sequence.num_pending_tokens > 0:  # preempted a moment ago; its last token is still to be read
                 return
             self._lengthen(sequence)
@@ -189,7 +196,7 @@ class Scheduler:
             if not self._may_start(plan, sequence, length) or not self._grow(sequence, length, plan):
                 self._release(sequence)
                 return
-            del self.waiting[0]
+            self.waiting.remove(sequence)
             insort(self.running, sequence, key=_order)
             if sequence.params.prompt_logprobs is None:
                 self.prefix_cache_queries += sequence.num_tokens
@@ -198,6 +205,16 @@ class Scheduler:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             budget -= length
             self._put(plan, sequence, length)
+
+    def _next(self) -> Sequence | None:
+        """The first of the waiting sequences that have something to compute."""
+        return next((s for s in self.waiting if not s.awaits_choice), None)
+
+    def _is_stalled(self) -> bool:
+        """True where all that run await the host's choice, which awaits one that could be computed in their place."""
+        following = self._next()
+        is_possible = following is not None and following.num_pending_tokens == 0
+        return is_possible and bool(self.running) and all(s.awaits_choice for s in self.running)
 
     def _may_start(self, plan: Plan, sequence: Sequence, length: int) -> bool:
         """Whether a waiting sequence may compute its first chunk now."""

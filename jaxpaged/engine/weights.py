@@ -1,0 +1,46 @@
+"""New weights for a running engine: all of them or none, without a copy where they lie as the old ones do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpaged.errors import ConfigError
+from jaxpaged.model.params import Params, check_params, flatten
+from jaxpaged.model.spec import Decoder
+
+
+def fitting(new: Any, old: Params, spec: Decoder) -> Params:
+    """`new` as the compiled steps take it: the same arrays, those that lie on other devices moved.
+
+    Raises ConfigError that lists every missing, unexpected and mis-shaped leaf, and every one of another dtype.
+    """
+    leaves, structure = jax.tree.flatten(new)
+    old_leaves, old_structure = jax.tree.flatten(old)
+    if structure != old_structure or any(_kind(a) != _kind(b) for a, b in zip(leaves, old_leaves, strict=True)):
+        raise ConfigError("the new params do not fit: " + "; ".join(_misfits(new, old, spec)))
+    placed = [_placed(a, b) for a, b in zip(leaves, old_leaves, strict=True)]
+    params: Params = jax.tree.unflatten(structure, placed)
+    return params
+
+
+def _kind(leaf: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    return np.shape(leaf), np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.dtype(type(leaf))
+
+
+def _placed(new: Any, old: jax.Array) -> jax.Array:
+    if isinstance(new, jax.Array) and new.sharding == old.sharding:
+        return new
+    return jax.device_put(new, old.sharding)
+
+
+def _misfits(new: Any, old: Params, spec: Decoder) -> list[str]:
+    problems = check_params(spec, new)
+    dtypes = {path: _kind(leaf)[1] for path, leaf in flatten(old)}
+    for path, leaf in flatten(new):
+        dtype = _kind(leaf)[1]
+        if path in dtypes and dtype != dtypes[path]:
+            problems.append(f"{path} is {dtype}, needs {dtypes[path]}")
+    return problems or [f"the tree is a {jax.tree.structure(new)}, needs a {jax.tree.structure(old)}"]
