@@ -9,19 +9,28 @@ softcap), `window` counts the keys that a query sees with itself among them, `si
 softmax's denominator, `scales` [P, page_size, 2, K] multiplies K and V of an 8-bit pool. A sequence with kv_lens 0 and
 rows of q past the last sequence give zeros; page-table entries past a sequence's length may hold anything.
 
-Backends: "reference" is plain jnp and runs everywhere (forward only); "auto" is the best one there is for the device.
+Backends: "reference" is plain jnp and runs everywhere; "triton" is a Pallas kernel for NVIDIA GPUs from A100 on; "auto"
+is triton there and the reference elsewhere. All are forward only. The sizes (block_q tokens, block_k keys, num_splits,
+num_warps, num_stages) cut the kernel's work and change nothing but rounding and speed; left out, they are chosen by
+device and shape (tiles.py). `interpret` runs the kernel without a GPU, slowly, for tests.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpaged.kernels import reference
+from jaxpaged.kernels.tiles import Device, current_device, splits_for, tiles_for
 
-Backend = Literal["auto", "reference"]
-_BACKENDS = ("auto", "reference")
+Backend = Literal["auto", "reference", "triton"]
+_BACKENDS = ("auto", "reference", "triton")
+_POOL_DTYPES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")
 
 
 def paged_attention(
@@ -36,14 +45,48 @@ def paged_attention(
     sinks: Float[Array, " H"] | None = None,
     scales: Float[Array, "P page_size 2 K"] | None = None,
     backend: Backend = "auto",
+    interpret: bool = False,
+    block_k: int | None = None,
+    num_splits: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
 ) -> Float[Array, "S H D"]:
-    """Decode: row s of q is the newest of sequence s's kv_lens[s] tokens. Raises ValueError on wrong shapes."""
-    _check(q, pages, page_table, kv_lens, backend)
+    """Decode: row s of q is the newest of sequence s's kv_lens[s] tokens.
+
+    `num_splits` is into how many parts sequences are cut on average, the long ones into more. Raises ValueError on
+    wrong shapes, and on a pool that the backend cannot read on this device.
+    """
+    _check(q, pages, page_table, kv_lens)
     if q.shape[0] != kv_lens.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows but kv_lens has {kv_lens.shape[0]}; decode takes one query each")
-    return reference.paged_attention(
-        q, pages, page_table, kv_lens, scale=scale, window=window, softcap=softcap, sinks=sinks, scales=scales
+    device = current_device()
+    if _choose(backend, device, interpret) == "reference":
+        op: _Op = partial(reference.paged_attention, scale=scale, window=window, softcap=softcap)
+        return _forward_only(op, q, pages, page_table, kv_lens, sinks=sinks, scales=scales)
+    from jaxpaged.kernels import triton_attention  # Pallas is slow to import, and jax plans to drop its Triton
+
+    shape = _check_for_triton(q, pages, device, interpret)
+    sizes = tiles_for("decode", device, **shape, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
+    if num_splits is None:
+        max_keys = page_table.shape[1] * pages.shape[1]
+        num_splits = splits_for(
+            device,
+            num_seqs=q.shape[0],
+            kv_heads=pages.shape[3],
+            max_keys=max_keys if window is None else min(max_keys, window),
+            block_k=sizes.block_k,
+        )
+    _check_sizes(block_k=sizes.block_k, num_splits=num_splits)
+    op = partial(
+        triton_attention.paged_attention,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        tiles=sizes,
+        num_splits=num_splits,
+        interpret=interpret,
     )
+    return _forward_only(op, q, pages, page_table, kv_lens, sinks=sinks, scales=scales)
 
 
 def ragged_paged_attention(
@@ -59,31 +102,68 @@ def ragged_paged_attention(
     sinks: Float[Array, " H"] | None = None,
     scales: Float[Array, "P page_size 2 K"] | None = None,
     backend: Backend = "auto",
+    interpret: bool = False,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
 ) -> Float[Array, "T H D"]:
     """Any mix of prompt chunks and single tokens: rows cu_q_lens[s]:cu_q_lens[s + 1] of q are the newest of kv_lens[s].
 
-    Raises ValueError on wrong shapes.
+    Raises ValueError on wrong shapes, and on a pool that the backend cannot read on this device.
     """
-    _check(q, pages, page_table, kv_lens, backend)
+    _check(q, pages, page_table, kv_lens)
     if cu_q_lens.shape[0] != kv_lens.shape[0] + 1:
         raise ValueError(f"cu_q_lens has {cu_q_lens.shape[0]} entries; {kv_lens.shape[0]} sequences need one more")
-    return reference.ragged_paged_attention(
-        q,
-        pages,
-        page_table,
-        cu_q_lens,
-        kv_lens,
+    device = current_device()
+    if _choose(backend, device, interpret) == "reference":
+        op: _Op = partial(reference.ragged_paged_attention, scale=scale, window=window, softcap=softcap)
+        return _forward_only(op, q, pages, page_table, cu_q_lens, kv_lens, sinks=sinks, scales=scales)
+    from jaxpaged.kernels import triton_attention  # as above
+
+    shape = _check_for_triton(q, pages, device, interpret)
+    sizes = tiles_for(
+        "ragged", device, **shape, block_q=block_q, block_k=block_k, num_warps=num_warps, num_stages=num_stages
+    )
+    _check_sizes(block_k=sizes.block_k)
+    op = partial(
+        triton_attention.ragged_paged_attention,
         scale=scale,
         window=window,
         softcap=softcap,
-        sinks=sinks,
-        scales=scales,
+        tiles=sizes,
+        interpret=interpret,
     )
+    return _forward_only(op, q, pages, page_table, cu_q_lens, kv_lens, sinks=sinks, scales=scales)
 
 
-def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array, backend: str) -> None:
+_Op = Callable[..., Array]
+
+
+def _forward_only(op: _Op, *args: Array, **kwargs: Array | None) -> Array:
+    """`op` as it is, but for whoever asks for its derivative: a plain answer instead of one from deep inside."""
+    guarded = jax.custom_jvp(lambda args, kwargs: op(*args, **kwargs))
+
+    @guarded.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            "paged attention has no gradient, for pages are written in place; "
+            "differentiate dense attention instead: jaxpaged.kernels.reference.attention, jaxpaged.model.decoder.apply"
+        )
+
+    result: Array = guarded(args, kwargs)
+    return result
+
+
+def _choose(backend: str, device: Device, interpret: bool) -> str:
     if backend not in _BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_BACKENDS)}")
+    if backend != "auto":
+        return backend
+    return "triton" if interpret or (device.platform == "gpu" and "NVIDIA" in device.name) else "reference"
+
+
+def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array) -> None:
     if q.ndim != 3 or pages.ndim != 5 or pages.shape[2] != 2:
         raise ValueError(f"q must be [T, H, D] and pages [P, page_size, 2, K, D]; got {q.shape} and {pages.shape}")
     if q.shape[1] % pages.shape[3] or q.shape[2] != pages.shape[4]:
@@ -93,3 +173,28 @@ def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array, backend: s
         )
     if page_table.shape[0] != kv_lens.shape[0]:
         raise ValueError(f"page_table has {page_table.shape[0]} rows but kv_lens has {kv_lens.shape[0]}")
+
+
+def _check_for_triton(q: Array, pages: Array, device: Device, interpret: bool) -> dict[str, Any]:
+    """What tile sizes go by. Raises ValueError on a pool whose reading the compiler gets wrong, or dies of."""
+    dtype, size = jnp.dtype(pages.dtype), pages.size * pages.dtype.itemsize
+    if dtype.name not in _POOL_DTYPES:
+        raise ValueError(f"the triton backend reads pools of {', '.join(_POOL_DTYPES)}; this one is {dtype.name}")
+    if dtype.name == "float8_e4m3fn" and device.capability < 8.9 and not interpret:
+        raise ValueError(
+            f"float8_e4m3fn pools need compute capability 8.9; {device.name} has {device.capability}: use int8 instead"
+        )
+    # Pallas computes 32-bit offsets up to 2**32 bytes, which 1-byte numbers overflow from 2**31 on.
+    if dtype.itemsize == 1 and 2**31 < size <= 2**32:
+        raise ValueError(
+            f"the pool has {size:,} bytes, and {dtype.name} pools between {2**31:,} and {2**32:,} would be read at "
+            "wrong places; take fewer pages or more"
+        )
+    return {"group": q.shape[1] // pages.shape[3], "head_dim": q.shape[2], "pool": dtype}
+
+
+def _check_sizes(*, block_k: int, num_splits: int = 1) -> None:
+    if block_k < 16 or block_k & (block_k - 1):
+        raise ValueError(f"block_k is {block_k}; it must be a power of two and at least 16")
+    if num_splits < 1:
+        raise ValueError(f"num_splits is {num_splits}; it must be at least 1")
