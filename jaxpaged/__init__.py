@@ -2,13 +2,14 @@
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine.engine import Engine, EngineStats
-from jaxpaged.errors import CheckpointError, ConfigError, JaxpagedError, PoolError, RequestError
+from jaxpaged.errors import CheckpointError, ConfigError, JaxpagedError, PoolError, QueueFullError, RequestError
 from jaxpaged.llm import LLM
 from jaxpaged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
@@ -18,6 +19,7 @@ __all__ = [
     "JaxpagedError",
     "Logprob",
     "PoolError",
+    "QueueFullError",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",

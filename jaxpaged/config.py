@@ -10,23 +10,28 @@ from jaxpaged.errors import ConfigError
 from jaxpaged.settings import Settings
 
 CacheDtype = Literal["auto", "float32", "bfloat16", "float16"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 
 
 @dataclass(frozen=True)
 class EngineConfig(Settings):
     """Everything that steers the engine. Raises ConfigError, naming field, value and range, where one is wrong.
 
-    page_size                tokens of one KV page
-    num_pages                pages of the pool, the null page included; None: as many as the memory allows
-    memory_utilization       share of the device's memory that weights and pool may take
-    max_model_len            most tokens of one sequence, prompt and answer; None: what the model was made for
-    max_num_seqs             most sequences computed in one step
-    max_num_batched_tokens   most tokens computed in one step; None: the runner's choice for the device
-    enable_prefix_caching    reuse full pages of equal beginnings
-    seed                     for requests that bring none
-    cache_dtype              of the pool; auto: the weights' dtype
-    warmup                   compile every bucket at the start rather than when it is first met
-    compilation_cache_dir    where compiled steps are kept between runs; None: JAX's setting, else a user cache folder
+    page_size                     tokens of one KV page
+    num_pages                     pages of the pool, the null page included; None: as many as the memory allows
+    memory_utilization            share of the device's memory that weights and pool may take
+    max_model_len                 most tokens of one sequence, prompt and answer; None: what the model was made for
+    max_num_seqs                  most sequences computed in one step
+    max_num_batched_tokens        most tokens computed in one step; None: the runner's choice for the device
+    enable_prefix_caching         reuse full pages of equal beginnings
+    scheduling_policy             fcfs: who came first is served first; priority: who has the lowest priority is
+    long_prefill_token_threshold  most tokens of one prompt computed in one step; None: as many as the step may have
+    max_num_partial_prefills      most prompts under way that need another step; None: no limit
+    max_num_queued_requests       most requests that wait, preempted ones included; None: no limit
+    seed                          for requests that bring none
+    cache_dtype                   of the pool; auto: the weights' dtype
+    warmup                        compile every bucket at the start rather than when it is first met
+    compilation_cache_dir         where compiled steps are kept between runs; None: JAX's setting, else the user's cache
     """
 
     error: ClassVar[type[ConfigError]] = ConfigError
@@ -38,6 +43,10 @@ class EngineConfig(Settings):
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    long_prefill_token_threshold: int | None = None
+    max_num_partial_prefills: int | None = None
+    max_num_queued_requests: int | None = None
     seed: int = 0
     cache_dtype: CacheDtype = "auto"
     warmup: bool = True
@@ -49,7 +58,9 @@ class EngineConfig(Settings):
         self._check_float("memory_utilization", 0, 1, above=True)
         self._check_int("max_num_seqs", 1)
         self._check_int("seed")
-        for name, low in (("num_pages", 2), ("max_model_len", 1), ("max_num_batched_tokens", 1)):
+        at_least_one = ("max_model_len", "max_num_batched_tokens", "long_prefill_token_threshold")
+        limits = (*at_least_one, "max_num_partial_prefills", "max_num_queued_requests")
+        for name, low in (("num_pages", 2), *((name, 1) for name in limits)):
             if getattr(self, name) is not None:
                 self._check_int(name, low)
         self._check_bool("enable_prefix_caching")
@@ -59,6 +70,9 @@ class EngineConfig(Settings):
             raise ConfigError(f"page_size is {self.page_size:,}; it must be a power of two, such as 16")
         if self.cache_dtype not in get_args(CacheDtype):
             raise ConfigError(f"cache_dtype is {self.cache_dtype!r}; known: {', '.join(get_args(CacheDtype))}")
+        if self.scheduling_policy not in get_args(SchedulingPolicy):
+            known = ", ".join(get_args(SchedulingPolicy))
+            raise ConfigError(f"scheduling_policy is {self.scheduling_policy!r}; known: {known}")
         if not isinstance(self.compilation_cache_dir, (str, Path, type(None))):
             raise ConfigError(f"compilation_cache_dir is {self.compilation_cache_dir!r}; it must be a path")
         self._check_pool_holds_one_sequence()

@@ -19,3 +19,7 @@ class RequestError(JaxpagedError, ValueError):
 
 class PoolError(JaxpagedError):
     """The page pool was asked for what it cannot give."""
+
+
+class QueueFullError(JaxpagedError):
+    """As many requests wait as may; the same request can be served later."""

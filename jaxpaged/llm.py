@@ -12,13 +12,15 @@ from tqdm import tqdm
 from jaxpaged.config import EngineConfig
 from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import LoadedModel, load
-from jaxpaged.engine.engine import Engine, OutputKind, Prompt, request_ids
+from jaxpaged.engine.engine import Engine, request_ids
+from jaxpaged.engine.intake import Prompt
+from jaxpaged.engine.report import OutputKind
 from jaxpaged.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxpaged.errors import CheckpointError, RequestError
 from jaxpaged.model.params import Params
 from jaxpaged.model.spec import Decoder
 from jaxpaged.outputs import RequestOutput
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]
 """{"role": "user", "content": "..."}"""
@@ -93,6 +95,12 @@ class LLM:
         prompts = [self.encode_chat(conversation, **template_variables) for conversation in conversations]  # type: ignore[arg-type]
         return self._run(prompts, sampling_params, use_tqdm)
 
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
+        """Continue every prompt by beam search; the `outputs` of each are its hypotheses, best first."""
+        return self._run(_as_list(prompts), params, use_tqdm)
+
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[RequestOutput, None, None]:
@@ -129,9 +137,12 @@ class LLM:
         self.engine.reset_prefix_cache()
 
     def _run(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | BeamSearchParams | None,
+        use_tqdm: bool,
     ) -> list[RequestOutput]:
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts):,} prompts but {len(each):,} sampling_params; give one, or one for each")
         request_ids: list[str] = []
@@ -156,9 +167,12 @@ class LLM:
             self._forget(request_ids)
         return [done[request_id] for request_id in request_ids]
 
-    def _add(self, prompt: Prompt, params: SamplingParams | None, kind: OutputKind) -> str:
+    def _add(self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None, kind: OutputKind) -> str:
         request_id = next(self._ids)
-        self.engine.add_request(request_id, prompt, params, output_kind=kind)
+        if isinstance(params, BeamSearchParams):
+            self.engine.add_beam_search(request_id, prompt, params)
+        else:
+            self.engine.add_request(request_id, prompt, params, output_kind=kind)
         self._inbox[request_id] = []
         return request_id
 

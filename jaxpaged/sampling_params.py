@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxpaged.errors import RequestError
 from jaxpaged.settings import Settings
@@ -114,6 +114,41 @@ class SamplingParams(Settings):
     def greedy(self) -> bool:
         """True where the most likely token is taken and nothing is drawn."""
         return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class BeamSearchParams(Settings):
+    """One beam search's parameters. Raises RequestError, naming field, value and range, where one is wrong.
+
+    beam_width      continuations kept at every step, and hypotheses given in the end
+    max_tokens      most tokens to generate
+    length_penalty  a hypothesis' score is its log probability over its length to the power of this
+    early_stopping  True: stop once beam_width hypotheses have ended; False: once the best beam, as long as it is now,
+                    could not be among them; "never": once it could not at its best possible length
+    ignore_eos      go on past the model's end-of-sequence tokens
+    temperature     the logits are divided by it before they are scored; 0 and 1 leave them as they are
+    """
+
+    error: ClassVar[type[RequestError]] = RequestError
+
+    beam_width: int
+    max_tokens: int = 16
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    ignore_eos: bool = False
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        self._check_int("beam_width", 1)
+        self._check_int("max_tokens", 1)
+        self._check_float("length_penalty", -math.inf)
+        self._check_float("temperature", 0)
+        self._check_bool("ignore_eos")
+        if self.early_stopping not in (True, False, "never"):
+            raise RequestError(f"early_stopping is {self.early_stopping!r}; it must be True, False or 'never'")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            self._set("temperature", MIN_TEMPERATURE)
 
 
 def _texts(name: str, given: Iterable[str] | None) -> tuple[str, ...]:

@@ -29,9 +29,10 @@ def inputs(rows: int, vocab: int, **given: object) -> SamplingInputs:
         "seeds": (1, 2),
         "positions": np.arange(rows),
         "want_logprobs": False,
+        "score_temperature": 1.0,
     } | given
-    types = SamplingInputs(*[np.float32, np.int32, np.float32, np.float32, np.uint32, np.int32, np.bool_])
-    shapes = SamplingInputs(*[(rows,)] * 4, (rows, 2), (rows,), ())
+    types = SamplingInputs(*[np.float32, np.int32, np.float32, np.float32, np.uint32, np.int32, np.bool_, np.float32])
+    shapes = SamplingInputs(*[(rows,)] * 4, (rows, 2), (rows,), (), (rows,))
     return SamplingInputs(
         **{
             name: np.array(np.broadcast_to(np.asarray(value, getattr(types, name)), getattr(shapes, name)))

@@ -142,9 +142,11 @@ def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs
     seeds = _full((rows, 2), 0, np.uint32)
     positions = _full(rows, 0)
     want_logprobs = _full((), False, np.bool_)
+    score_temperature = _full(rows, 1, np.float32)
     for row, (sequence, start, length, samples) in rows_of(plan, bucket):
         params = sequence.params
         want_logprobs |= samples and params.logprobs is not None
+        score_temperature[row] = sequence.score_temperature
         if not samples or params.temperature == 0:
             continue
         temperature[row] = params.temperature
@@ -153,7 +155,7 @@ def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs
         min_p[row] = params.min_p
         seeds[row] = sequence.seed
         positions[row] = start + length
-    return SamplingInputs(temperature, top_k, top_p, min_p, seeds, positions, want_logprobs)
+    return SamplingInputs(temperature, top_k, top_p, min_p, seeds, positions, want_logprobs, score_temperature)
 
 
 def pack_edits(edits: Mapping[int, RowEdits], num_rows: int) -> Iterator[Edits]:

@@ -6,39 +6,34 @@ step n while the device computes step n + 1; outputs therefore come one step lat
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from itertools import count
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.detokenizer import Detokenizer
+from jaxpaged.engine.intake import Intake, Prompt
 from jaxpaged.engine.page_pool import PagePool
-from jaxpaged.engine.request import Request, Sequence, seed_words
+from jaxpaged.engine.report import OutputKind, Tracked, report, token_logprobs
+from jaxpaged.engine.request import Sequence, seed_words
 from jaxpaged.engine.runner import InFlight, PromptPart, Runner
-from jaxpaged.engine.scheduler import LONG_ROPE, Scheduler
+from jaxpaged.engine.scheduler import Scheduler
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.engine.weights import fitting
-from jaxpaged.errors import ConfigError, RequestError
+from jaxpaged.errors import ConfigError, QueueFullError, RequestError
 from jaxpaged.model.params import Params
-from jaxpaged.model.sampling import MAX_LOGPROBS, Logprobs
-from jaxpaged.model.spec import Decoder, DynamicNtkScaling, LongRopeScaling
-from jaxpaged.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
-from jaxpaged.sampling_params import SamplingParams
-
-OutputKind = Literal["cumulative", "delta", "final"]
-"""What `step` returns of a request that moved on: all so far, what is new, or nothing before its end."""
+from jaxpaged.model.sampling import Logprobs
+from jaxpaged.model.spec import Decoder
+from jaxpaged.outputs import FinishReason, RequestOutput
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 UpdatePolicy = Literal["keep", "recompute", "abort"]
 """What happens to requests under way when the weights change."""
-
-Prompt = str | Seq[int]
-"""Text, or token ids."""
 
 
 class EngineStats(NamedTuple):
@@ -61,16 +56,6 @@ class EngineStats(NamedTuple):
     num_steps: int
     num_compilations: int
     max_model_len: int
-
-
-@dataclass(slots=True, eq=False)
-class _Tracked:
-    """A request with what only the engine knows of it."""
-
-    request: Request
-    output_kind: OutputKind
-    detokenizers: list[Detokenizer]
-    num_reported: list[int]  # output tokens that earlier deltas held
 
 
 class Engine:
@@ -101,11 +86,14 @@ class Engine:
             max_num_batched_tokens=self.runner.max_num_batched_tokens,
             max_num_chunks=self.runner.max_num_chunks,
             max_pages=self.runner.max_pages,
+            long_prefill_token_threshold=self.config.long_prefill_token_threshold,
+            max_num_partial_prefills=self.config.max_num_partial_prefills,
+            window=_widest_window(spec),
         )
-        self._requests: dict[str, _Tracked] = {}
+        self._intake = Intake(spec, self.config, tokenizer, self.eos_token_ids, self.max_model_len)
+        self._requests: dict[str, Tracked] = {}
         self._in_flight: InFlight | None = None
         self._aborted: list[RequestOutput] = []
-        self._random = random.Random(self.config.seed)
         self._prompt_tokens = self._generation_tokens = self._num_steps = 0
         self._slots_held = self._slots_wasted = 0
         if self.config.warmup:
@@ -129,52 +117,68 @@ class Engine:
         *,
         output_kind: OutputKind = "cumulative",
         prompt_text: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
-        """Queue a request. Raises RequestError, with nothing queued, where it can never be served.
+        """Queue a request. Raises, with nothing queued, RequestError where it can never be served and QueueFullError
+        where `max_num_queued_requests` wait already.
 
-        `prompt_text` is reported as the prompt of one given as token ids.
+        `prompt_text` is reported as the prompt of one given as token ids. With `scheduling_policy="priority"` the
+        lowest `priority` comes first. Prefixes are shared only among requests with the same `cache_salt`.
         """
         params = params or SamplingParams()
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use; give each request its own")
-        token_ids = self._encode(prompt)
-        self._check(token_ids, params)
-        text = prompt if isinstance(prompt, str) else prompt_text
-        seed = params.seed if params.seed is not None else self._random.getrandbits(63)
-        bad_words = tuple(self._bad_words(params))
-        sequences = [
-            Sequence(
-                request_id=request_id,
-                index=index,
-                params=params,
-                prompt_len=len(token_ids),
-                token_ids=list(token_ids),
-                max_tokens=min(params.max_tokens or self.max_model_len, self.max_model_len - len(token_ids)),
-                seed=seed_words(seed, index),
-                eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
-                bad_words=bad_words,
-                salt=_rope_salt(self.spec, len(token_ids)),
-                long_after=_long_after(self.spec, len(token_ids)),
-            )
-            for index in range(params.n)
-        ]
-        request = Request(request_id, text, token_ids, params, RequestMetrics(time.monotonic()), sequences)
-        if params.prompt_logprobs is not None:
-            request.prompt_logprobs = [None] * len(token_ids)
-        detokenizers = [Detokenizer(self.tokenizer, params, token_ids) for _ in sequences]
-        self._requests[request_id] = _Tracked(request, output_kind, detokenizers, [0] * params.n)
-        self._prompt_tokens += len(token_ids)
-        first, *first.forks = sequences  # the prompt is computed once
-        self.scheduler.add(first)
+        self._check_room(request_id)
+        request = self._intake.request(
+            request_id, prompt, params, prompt_text=prompt_text, priority=priority, cache_salt=cache_salt
+        )
+        detokenizers = [Detokenizer(self.tokenizer, params, request.prompt_token_ids) for _ in request.sequences]
+        self._add(Tracked(request, output_kind, detokenizers, [0] * params.n))
+
+    def add_beam_search(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        *,
+        prompt_text: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Queue a beam search, as `add_request` does; its one output has the hypotheses as completions, best first."""
+        self._check_room(request_id)
+        request = self._intake.beam_request(
+            request_id, prompt, params, prompt_text=prompt_text, priority=priority, cache_salt=cache_salt
+        )
+        self._add(Tracked(request, "final", [], [], BeamSearch(request, params)))
+
+    def fork(self, request_id: str, n: int = 1, *, index: int = 0) -> list[int]:
+        """`n` more completions of a request that go on from the tokens of completion `index` so far, each with a seed
+        of its own; their indices. Its pages are shared until they are written to.
+        """
+        tracked = self._requests.get(request_id)
+        if tracked is None or tracked.beams is not None:
+            raise RequestError(f"no request {request_id!r} that can be forked is under way")
+        sequences = tracked.request.sequences
+        if not 0 <= index < len(sequences) or sequences[index].finished:
+            raise RequestError(f"completion {index} of request {request_id!r} has finished or never was")
+        parent = sequences[index]
+        made = range(len(sequences), len(sequences) + n)
+        for child_index in made:
+            child = parent.fork(child_index, seed_words(tracked.request.seed, child_index))
+            detokenizer = Detokenizer(self.tokenizer, child.params, tracked.request.prompt_token_ids)
+            detokenizer.append(child.output_token_ids)
+            sequences.append(child)
+            tracked.detokenizers.append(detokenizer)
+            tracked.num_reported.append(0)
+            self.scheduler.fork(parent, child)
+        return list(made)
 
     def abort(self, request_id: str) -> bool:
         """End a request now, in whatever state; its last output comes with the next step. False for an unknown id."""
         tracked = self._requests.get(request_id)
         if tracked is None:
             return False
-        for sequence, detokenizer in zip(tracked.request.sequences, tracked.detokenizers, strict=True):
-            if not sequence.finished:
-                self._finish(sequence, detokenizer, "abort", None)
+        self._finish_all(tracked, "abort", None)
         self._aborted.append(self._report(tracked, time.monotonic()))
         return True
 
@@ -235,52 +239,12 @@ class Engine:
             max_model_len=self.max_model_len,
         )
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("the model came without a tokenizer; give the prompt as token ids")
-            prompt = self.tokenizer.encode(prompt)
-        if isinstance(prompt, (bytes, dict)) or not isinstance(prompt, (Seq, np.ndarray)):
-            raise RequestError(f"the prompt is a {type(prompt).__name__}; give text or a list of token ids")
-        vocab = self.spec.vocab_size
-        for token in prompt:
-            if not isinstance(token, (int, np.integer)) or isinstance(token, bool) or not 0 <= token < vocab:
-                raise RequestError(f"the prompt holds {token!r}; token ids of this model are 0 to {vocab - 1:,}")
-        return [int(token) for token in prompt]
-
-    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
-        limit = self.max_model_len
-        if not token_ids:
-            raise RequestError("the prompt is empty; it needs at least 1 token")
-        if len(token_ids) >= limit:
-            raise RequestError(
-                f"the prompt has {len(token_ids):,} tokens but max_model_len is {limit:,}, the answer included; "
-                "shorten it or raise max_model_len"
-            )
-        vocab = self.spec.vocab_size
-        for name in ("logprobs", "prompt_logprobs"):
-            wanted = getattr(params, name)
-            if wanted is not None and not 0 <= wanted <= min(MAX_LOGPROBS, vocab):
-                raise RequestError(f"{name} is {wanted}; it must be 0 to {min(MAX_LOGPROBS, vocab)}")
-        named = (*(params.logit_bias or ()), *(params.allowed_token_ids or ()), *(params.stop_token_ids or ()))
-        if named and max(named) >= vocab:
-            raise RequestError(f"token id {max(named):,} is named but this model's are 0 to {vocab - 1:,}")
-        if (params.stop_strings or params.bad_words) and self.tokenizer is None:
-            raise RequestError("stop strings and bad_words need a tokenizer, and the model came without one")
-
-    def _bad_words(self, params: SamplingParams) -> Iterator[tuple[int, ...]]:
-        """Each bad word's token ids, as it stands at the beginning and inside of a text."""
-        for word in params.bad_words or ():
-            if self.tokenizer is not None:
-                forms = {tuple(self.tokenizer.encode(text, False)) for text in (word, " " + word.lstrip())}
-                yield from (form for form in forms if form)
-
     def _update(self, step: InFlight) -> list[RequestOutput]:
         """Take what a finished step sampled."""
         now = time.monotonic()
         outputs = step.outputs
         tokens, healthy = outputs.tokens.tolist(), outputs.healthy.tolist()
-        moved: dict[str, _Tracked] = {}
+        moved: dict[str, Tracked] = {}
         for part in step.prompt_parts:
             self._take_prompt_logprobs(part)
         for row, (sequence, _, _, samples) in step.rows:
@@ -294,86 +258,96 @@ class Engine:
                 continue  # stopped or aborted while this step was under way
             moved[sequence.request_id] = tracked
             if not healthy[row]:
-                self._finish(sequence, tracked.detokenizers[sequence.index], "error", "the logits are not finite")
+                self._finish_all(tracked, "error", "the logits are not finite", sequence)
                 continue
             sequence.weight_versions.append(step.param_version)
-            self._take_token(tracked, sequence, tokens[row], outputs.logprobs, row)
+            if tracked.beams is not None:
+                self._take_candidates(tracked.beams, sequence, outputs.logprobs, row)
+            else:
+                self._take_token(tracked, sequence, tokens[row], outputs.logprobs, row)
             metrics = tracked.request.metrics
             metrics.first_token_time = metrics.first_token_time or now
             metrics.last_token_time = now
+        for tracked in moved.values():
+            if tracked.beams is not None and not tracked.request.finished and tracked.beams.is_ready:
+                tracked.beams.advance(self.scheduler)
         reported = (self._report(tracked, now) for tracked in moved.values() if self._is_due(tracked))
         return list(reported)
 
-    def _take_token(self, tracked: _Tracked, sequence: Sequence, token: int, logprobs: Logprobs, row: int) -> None:
+    def _take_token(self, tracked: Tracked, sequence: Sequence, token: int, logprobs: Logprobs, row: int) -> None:
         """Append a sampled token and see whether it ends the sequence."""
         params = sequence.params
         sequence.token_ids.append(token)
         self._generation_tokens += 1
         if params.logprobs is not None:
-            entry = self._token_logprobs(logprobs, row, token, params.logprobs)
+            entry = token_logprobs(logprobs, row, token, params.logprobs, self.tokenizer)
             sequence.logprobs.append(entry)
             sequence.cumulative_logprob += entry[token].logprob
         detokenizer = tracked.detokenizers[sequence.index]
         may_stop = sequence.num_output_tokens >= params.min_tokens
         if may_stop and token in sequence.eos_token_ids:
-            return self._finish(sequence, detokenizer, "stop", None)
+            return self._finish(tracked, sequence, "stop", None)
         if may_stop and token in (params.stop_token_ids or ()):
             if params.include_stop_str_in_output:
                 detokenizer.append([token])
-            return self._finish(sequence, detokenizer, "stop", token)
+            return self._finish(tracked, sequence, "stop", token)
         stop = detokenizer.append([token])
         if stop is not None:
-            return self._finish(sequence, detokenizer, "stop", stop)
+            return self._finish(tracked, sequence, "stop", stop)
         if sequence.num_output_tokens >= sequence.max_tokens:
-            self._finish(sequence, detokenizer, "length", None)
+            self._finish(tracked, sequence, "length", None)
+
+    def _take_candidates(self, beams: BeamSearch, sequence: Sequence, logprobs: Logprobs, row: int) -> None:
+        """Remember what may follow a beam."""
+        self._generation_tokens += 1
+        wanted = sequence.params.logprobs or 0
+        beams.take(sequence, np.asarray(logprobs.top_ids[row, :wanted]), np.asarray(logprobs.top[row, :wanted]))
 
     def _finish(
-        self, sequence: Sequence, detokenizer: Detokenizer, reason: FinishReason, stop_reason: str | int | None
+        self, tracked: Tracked, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None
     ) -> None:
         pages = [page for page in sequence.pages if self.pool.references(page) == 1]
         self.scheduler.finish(sequence, reason, stop_reason)
         if reason == "error":
             self.runner.scrub(pages)
-        detokenizer.finish()
+        if tracked.beams is None:
+            tracked.detokenizers[sequence.index].finish()
 
-    def _is_due(self, tracked: _Tracked) -> bool:
+    def _finish_all(
+        self, tracked: Tracked, reason: FinishReason, stop_reason: str | None, only: Sequence | None = None
+    ) -> None:
+        """End a request, or one of its completions; beams end together."""
+        for sequence in tracked.request.sequences:
+            is_meant = only is None or sequence is only or tracked.beams is not None
+            if is_meant and not sequence.finished:
+                self._finish(tracked, sequence, reason, stop_reason)
+
+    def _check_room(self, request_id: str) -> None:
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use; give each request its own")
+        limit = self.config.max_num_queued_requests
+        if limit is not None and len(self.scheduler.waiting) >= limit:
+            raise QueueFullError(
+                f"{len(self.scheduler.waiting):,} requests wait and max_num_queued_requests is {limit:,}; "
+                "try again later, or raise it"
+            )
+
+    def _add(self, tracked: Tracked) -> None:
+        request = tracked.request
+        self._requests[request.request_id] = tracked
+        self._prompt_tokens += len(request.prompt_token_ids)
+        self.scheduler.add(request.sequences[0])
+
+    def _is_due(self, tracked: Tracked) -> bool:
         return tracked.output_kind != "final" or tracked.request.finished
 
-    def _report(self, tracked: _Tracked, now: float) -> RequestOutput:
+    def _report(self, tracked: Tracked, now: float) -> RequestOutput:
         """The request as its caller wants to see it; forgets it when it has finished."""
         request = tracked.request
-        delta = tracked.output_kind == "delta"
         if request.finished:
             del self._requests[request.request_id]
             request.metrics.finished_time = now
-        request.metrics.num_preemptions = sum(s.num_preemptions for s in request.sequences)
-        completions = []
-        for index, (sequence, detokenizer) in enumerate(zip(request.sequences, tracked.detokenizers, strict=True)):
-            first = sequence.prompt_len + (tracked.num_reported[index] if delta else 0)
-            wanted = sequence.params.logprobs is not None
-            completions.append(
-                CompletionOutput(
-                    index=index,
-                    text=detokenizer.delta() if delta else detokenizer.text,
-                    token_ids=sequence.token_ids[first:],
-                    cumulative_logprob=sequence.cumulative_logprob if wanted else None,
-                    logprobs=sequence.logprobs[first - sequence.prompt_len :] if wanted else None,
-                    weight_versions=sequence.weight_versions[first - sequence.prompt_len :],
-                    finish_reason=sequence.finish_reason,
-                    stop_reason=sequence.stop_reason,
-                )
-            )
-            tracked.num_reported[index] = sequence.num_output_tokens
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=completions,
-            finished=request.finished,
-            prompt_logprobs=request.prompt_logprobs,
-            metrics=request.metrics,
-            num_cached_tokens=request.sequences[0].num_cached_tokens,
-        )
+        return report(tracked, self.tokenizer)
 
     def _take_prompt_logprobs(self, part: PromptPart) -> None:
         tracked = self._requests.get(part.sequence.request_id)
@@ -382,21 +356,8 @@ class Engine:
         wanted = part.sequence.params.prompt_logprobs or 0
         for row in range(part.num_rows):
             position = part.start + row
-            token = part.sequence.token_ids[position]
-            tracked.request.prompt_logprobs[position] = self._token_logprobs(part.logprobs, row, token, wanted)
-
-    def _token_logprobs(self, logprobs: Logprobs, row: int, token: int, wanted: int) -> TokenLogprobs:
-        """The token that stands there first, then the `wanted` likeliest."""
-        found = {token: Logprob(float(logprobs.chosen[row]), int(logprobs.rank[row]), self._text(token))}
-        for rank, (other, value) in enumerate(
-            zip(logprobs.top_ids[row, :wanted].tolist(), logprobs.top[row, :wanted].tolist(), strict=True), 1
-        ):
-            if other not in found:
-                found[other] = Logprob(value, rank, self._text(other))
-        return found
-
-    def _text(self, token: int) -> str | None:
-        return self.tokenizer.token_text(token) if self.tokenizer is not None else None
+            entry = token_logprobs(part.logprobs, row, part.sequence.token_ids[position], wanted, self.tokenizer)
+            tracked.request.prompt_logprobs[position] = entry
 
     def _measure_waste(self) -> None:
         """A held slot is wasted while no token is in it: at most the rest of each sequence's last page."""
@@ -411,21 +372,7 @@ def request_ids(prefix: str = "request") -> Iterator[str]:
     return (f"{prefix}-{number}" for number in count())
 
 
-def _rope_salt(spec: Decoder, prompt_len: int) -> bytes:
-    """Keys rotated for the prompt's length are shared only with prompts of the same (kind of) length."""
-    for block in spec.blocks:
-        match block.mixer.rope and block.mixer.rope.scaling:
-            case DynamicNtkScaling(original_max_positions=original) if prompt_len > original:
-                return prompt_len.to_bytes(8, "little")
-            case LongRopeScaling(original_max_positions=original) if prompt_len > original:
-                return LONG_ROPE
-    return b""
-
-
-def _long_after(spec: Decoder, prompt_len: int) -> int | None:
-    """The length past which a sequence changes over to long factors; None where it never does, or began with them."""
-    for block in spec.blocks:
-        match block.mixer.rope and block.mixer.rope.scaling:
-            case LongRopeScaling(original_max_positions=original) if prompt_len <= original:
-                return original
-    return None
+def _widest_window(spec: Decoder) -> int | None:
+    """The most keys that any layer's query sees; None where a layer sees all."""
+    windows = [block.mixer.window for block in spec.blocks]
+    return None if None in windows else max(w for w in windows if w is not None)

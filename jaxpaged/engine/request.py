@@ -121,6 +121,7 @@ class Sequence:
             page_table=np.zeros(0, np.int32),
             forks=[],
             logprobs=list(self.logprobs),
+            weight_versions=list(self.weight_versions),
         )
 
 

@@ -205,6 +205,7 @@ class Runner:
             seeds=_shape(rows, 2, dtype=np.uint32),
             positions=_shape(rows),
             want_logprobs=_shape(dtype=np.bool_),
+            score_temperature=_shape(rows, dtype=np.float32),
         )
         return self._compile(("sample", rows), jax.jit(padded), self._logits(rows), self._logits(rows), inputs)
 

@@ -34,6 +34,7 @@ class SamplingInputs(NamedTuple):
     seeds: UInt32[Array, "R 2"]
     positions: Int[Array, " R"]  # of the token that is sampled, in its sequence
     want_logprobs: Bool[Array, ""]
+    score_temperature: Float[Array, " R"]  # logprobs are those of the logits over this: 1, but for beams
 
 
 class Logprobs(NamedTuple):
@@ -94,7 +95,13 @@ def sample(raw: Float[Array, "R V"], edited: Float[Array, "R V"], inputs: Sampli
         jnp.zeros((num_rows, min(MAX_LOGPROBS, raw.shape[1])), jnp.int32),
         jnp.zeros((num_rows, min(MAX_LOGPROBS, raw.shape[1])), jnp.float32),
     )
-    found = lax.cond(inputs.want_logprobs, logprobs_of, lambda *_: nothing, raw, tokens)
+    found = lax.cond(
+        inputs.want_logprobs,
+        lambda raw, tokens: logprobs_of(raw / inputs.score_temperature[:, None], tokens),
+        lambda *_: nothing,
+        raw,
+        tokens,
+    )
     return StepOutputs(tokens, jnp.isfinite(top), found)
 
 
