@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import settings
@@ -20,9 +20,9 @@ def filled(pool: PagePool, token_ids: list[int], salt: bytes = b"") -> list[int]
     """Pages that hold the tokens, published and held."""
     size = pool.page_size
     pages = pool.allocate(len(token_ids) // size)
-    parent = None
+    parent = pool.root(salt)
     for index, page in enumerate(pages):
-        parent = pool.publish(page, parent, token_ids[index * size : (index + 1) * size], salt)
+        parent = pool.publish(page, parent, token_ids[index * size : (index + 1) * size])
     return pages
 
 
@@ -149,10 +149,11 @@ def test_after_a_reset_nothing_is_found_and_holders_keep_their_pages() -> None:
 
 
 def test_a_sequence_under_way_at_a_reset_publishes_nothing_that_can_be_found() -> None:
-    pool = PagePool(6, 2)
+    pool = PagePool(8, 2)
     first, second = pool.allocate(2)
-    parent = pool.publish(first, None, [1, 2])
+    root = pool.root()
     pool.reset_prefix_cache()
+    parent = pool.publish(first, root, [1, 2])
     pool.publish(second, parent, [3, 4])
     assert pool.match([1, 2, 3, 4, 5]) == ([], [])
     anew = filled(pool, [1, 2])
@@ -195,7 +196,8 @@ class Holder:
     salt: bytes = b""
     token_ids: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
-    root: int = -1  # resets there had been when its first page was published
+    root: bytes = b""
+    resets: int = 0  # that there had been when it began
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -231,7 +233,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 6), salt=st.sampled_from([b"", b"a"]))
     def allocate(self, count: int, salt: bytes) -> None:
-        self.holders.append(Holder(self.take(count), salt))
+        self.holders.append(Holder(self.take(count), salt, root=self.pool.root(salt), resets=self.num_resets))
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data(), count=st.integers(1, 3))
@@ -244,12 +246,10 @@ class PoolMachine(RuleBasedStateMachine):
         holder = data.draw(st.sampled_from([h for h in self.holders if len(h.digests) < len(h.pages)]))
         tokens = data.draw(st.lists(st.integers(0, 1), min_size=self.pool.page_size, max_size=self.pool.page_size))
         page = holder.pages[len(holder.digests)]
-        if not holder.digests:
-            holder.root = self.num_resets
-        parent = holder.digests[-1] if holder.digests else None
-        holder.digests.append(self.pool.publish(page, parent, tokens, holder.salt))
+        parent = holder.digests[-1] if holder.digests else holder.root
+        holder.digests.append(self.pool.publish(page, parent, tokens))
         holder.token_ids += tokens
-        content = (holder.root, holder.salt, tuple(holder.token_ids))
+        content = (holder.resets, holder.salt, tuple(holder.token_ids))
         if page not in self.known.values():
             self.known.setdefault(content, page)
 
@@ -269,7 +269,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert len(digests) == len(pages)
         for page in pages:
             self.cached.pop(page, None)
-        self.holders.append(Holder(pages, salt, tokens[: len(pages) * size], digests, self.num_resets))
+        found = tokens[: len(pages) * size]
+        self.holders.append(Holder(pages, salt, found, digests, self.pool.root(salt), self.num_resets))
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
@@ -277,10 +278,9 @@ class PoolMachine(RuleBasedStateMachine):
         holder = data.draw(st.sampled_from(self.holders))
         self.pool.retain(holder.pages)
         count = len(holder.digests)
-        copy = Holder(list(holder.pages), holder.salt, list(holder.token_ids), list(holder.digests), holder.root)
-        copy.pages, extra = copy.pages[:count], copy.pages[count:]  # pages without content are written by one alone
-        self.pool.release(extra)
-        self.holders.append(copy)
+        self.pool.release(holder.pages[count:])  # pages without content are written by one alone
+        again = replace(holder, pages=holder.pages[:count], token_ids=[*holder.token_ids], digests=[*holder.digests])
+        self.holders.append(again)
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
@@ -305,6 +305,13 @@ class PoolMachine(RuleBasedStateMachine):
         if page not in self.references() and page not in self.cached:
             with pytest.raises(PoolError):
                 self.pool.retain([page])
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def unpublish(self, data: st.DataObject) -> None:
+        pages = data.draw(st.sampled_from(self.holders)).pages
+        self.pool.unpublish(pages)
+        self.known = {content: page for content, page in self.known.items() if page not in pages}
 
     @rule()
     def reset(self) -> None:

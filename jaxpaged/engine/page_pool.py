@@ -67,6 +67,10 @@ class PagePool:
         """How many sequences hold the page."""
         return self._references[page]
 
+    def is_findable(self, page: int) -> bool:
+        """Whether the prefix cache knows the page's content."""
+        return page in self._contents
+
     def allocate(self, count: int) -> list[int]:
         """`count` pages with undefined content, each with one reference. Raises PoolError where there are fewer."""
         if count > self.num_available:
@@ -104,16 +108,19 @@ class PagePool:
             else:
                 self._free.append(page)
 
-    def digest(self, parent: bytes | None, token_ids: Sequence[int], salt: bytes = b"") -> bytes:
-        """The name of a full page: a hash over its tokens and, through `parent`, all before them."""
-        before = parent if parent is not None else hashlib.blake2b(self._root + salt, digest_size=16).digest()
-        return hashlib.blake2b(before + array("i", token_ids).tobytes(), digest_size=16).digest()
+    def root(self, salt: bytes = b"") -> bytes:
+        """The digest before a first page. Pages after the root of another salt, or of before a reset, are not found."""
+        return hashlib.blake2b(self._root + salt, digest_size=16).digest()
 
-    def publish(self, page: int, parent: bytes | None, token_ids: Sequence[int], salt: bytes = b"") -> bytes:
+    def digest(self, parent: bytes, token_ids: Sequence[int]) -> bytes:
+        """The name of a full page: a hash over its tokens and, through `parent`, all before them."""
+        return hashlib.blake2b(parent + array("i", token_ids).tobytes(), digest_size=16).digest()
+
+    def publish(self, page: int, parent: bytes, token_ids: Sequence[int]) -> bytes:
         """Make a full page findable; returns its digest. A page whose content is known already stays unpublished."""
-        digest = self.digest(parent, token_ids, salt)
+        digest = self.digest(parent, token_ids)
         if self.enable_caching and digest not in self._index and page not in self._contents:
-            self._contents[page] = _Content(digest, parent or b"", tuple(token_ids))
+            self._contents[page] = _Content(digest, parent, tuple(token_ids))
             self._index[digest] = page
         return digest
 
@@ -127,15 +134,16 @@ class PagePool:
         if not self.enable_caching:
             return pages, digests
         size = self.page_size
+        parent = self.root(salt)
         for end in range(size, len(token_ids), size):
             tokens = token_ids[end - size : end]
-            parent = digests[-1] if digests else None
-            digest = self.digest(parent, tokens, salt)
+            digest = self.digest(parent, tokens)
             page = self._index.get(digest)
-            if page is None or self._contents[page] != _Content(digest, parent or b"", tuple(tokens)):
+            if page is None or self._contents[page] != _Content(digest, parent, tuple(tokens)):
                 break
             pages.append(page)
             digests.append(digest)
+            parent = digest
         self.retain(pages)
         return pages, digests
 

@@ -46,6 +46,7 @@ class Sequence:
     num_cached_tokens: int = 0  # found in the prefix cache when first admitted
     num_preemptions: int = 0
     pages: list[int] = field(default_factory=list)
+    root: bytes = b""  # the pool's digest before the first page, from when this sequence began to be computed
     digests: list[bytes] = field(default_factory=list)  # of the full pages, as far as they are known to the pool
     page_table: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # `pages` in an array, zeros behind
     finish_reason: FinishReason | None = None

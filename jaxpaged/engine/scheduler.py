@@ -250,10 +250,12 @@ class Scheduler:
         if sequence.outgrows_ropes and sequence.num_pending_tokens == 0:
             self._release(sequence)
             sequence.rope_len, sequence.salt, sequence.long_after = sequence.num_tokens, LONG_ROPE, None
+            sequence.root = self.pool.root(sequence.prefix_salt)
 
     def _start(self, sequence: Sequence) -> None:
         """Give a waiting sequence the cached pages of its prefix, if any; one that wants prompt logprobs takes none."""
         sequence.page_table = np.zeros(self.max_pages, np.int32)
+        sequence.root = self.pool.root(sequence.prefix_salt)
         if sequence.params.prompt_logprobs is not None:
             return
         pages, sequence.digests = self.pool.match(sequence.token_ids, sequence.prefix_salt)
@@ -289,6 +291,7 @@ class Scheduler:
         self.pool.retain(_real(pages))
         child.page_table = np.zeros(self.max_pages, np.int32)
         self._extend(child, pages)
+        child.root = parent.root
         child.digests = parent.digests[: num_tokens // self.pool.page_size]
         child.num_computed_tokens = num_tokens
         child.rope_len, child.salt, child.long_after = parent.rope_len, parent.salt, parent.long_after
@@ -299,9 +302,9 @@ class Scheduler:
         size = self.pool.page_size
         full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // size
         for index in range(len(sequence.digests), full):
-            parent = sequence.digests[-1] if sequence.digests else None
+            parent = sequence.digests[-1] if sequence.digests else sequence.root
             tokens = sequence.token_ids[index * size : (index + 1) * size]
-            sequence.digests.append(self.pool.publish(sequence.pages[index], parent, tokens, sequence.prefix_salt))
+            sequence.digests.append(self.pool.publish(sequence.pages[index], parent, tokens))
 
     def _grow(self, sequence: Sequence, length: int, plan: Plan) -> bool:
         """Pages to write the next `length` tokens to, held by nobody else; False where the pool has too few of them."""
