@@ -6,6 +6,7 @@ step n while the device computes step n + 1; outputs therefore come one step lat
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -18,6 +19,7 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.intake import Intake, Prompt
+from jaxpaged.engine.page_map import PageInfo, page_map
 from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.report import OutputKind, Tracked, report, token_logprobs
 from jaxpaged.engine.request import Sequence, seed_words
@@ -32,6 +34,8 @@ from jaxpaged.model.spec import Decoder
 from jaxpaged.outputs import FinishReason, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
+log = logging.getLogger("jaxpaged")
+
 UpdatePolicy = Literal["keep", "recompute", "abort"]
 """What happens to requests under way when the weights change."""
 
@@ -45,6 +49,7 @@ class EngineStats(NamedTuple):
     pages_free: int
     pages_cached: int  # hold a prefix that nobody uses now
     pages_held: int
+    pages_leaked: int  # held by no sequence that runs: 0, or the engine is at fault
     page_size: int
     page_bytes: int
     kv_waste: float  # share of the held slots that held no token, over all steps so far
@@ -189,6 +194,8 @@ class Engine:
         self._in_flight = None if plan.is_empty else self.runner.dispatch(plan, before)
         self._num_steps += self._in_flight is not None
         self._measure_waste()
+        if leaked := self._num_leaked():
+            log.error("%d pages are held though no sequence runs; please report this", leaked)
         outputs, self._aborted = self._aborted, []
         if before is not None:
             outputs += self._update(self.runner.read(before))
@@ -217,6 +224,10 @@ class Engine:
             for request_id in list(self._requests):
                 self.abort(request_id)
 
+    def page_map(self) -> list[PageInfo]:
+        """Who holds which page now."""
+        return page_map(self.pool, self.scheduler.running)
+
     def stats(self) -> EngineStats:
         """What the engine is doing and has done."""
         return EngineStats(
@@ -226,6 +237,7 @@ class Engine:
             pages_free=self.pool.num_free,
             pages_cached=self.pool.num_cached,
             pages_held=self.pool.num_held,
+            pages_leaked=self._num_leaked(),
             page_size=self.pool.page_size,
             page_bytes=self.runner.page_bytes,
             kv_waste=self._slots_wasted / self._slots_held if self._slots_held else 0.0,
@@ -358,6 +370,10 @@ class Engine:
             position = part.start + row
             entry = token_logprobs(part.logprobs, row, part.sequence.token_ids[position], wanted, self.tokenizer)
             tracked.request.prompt_logprobs[position] = entry
+
+    def _num_leaked(self) -> int:
+        """Looked for only when idle: then every page that is not free must be a cached one."""
+        return 0 if self.scheduler.running else self.pool.num_held
 
     def _measure_waste(self) -> None:
         """A held slot is wasted while no token is in it: at most the rest of each sequence's last page."""

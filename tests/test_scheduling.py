@@ -1,0 +1,227 @@
+"""What the engine promises of order, limits, salts, forks and windows, on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpaged import Engine, EngineConfig, QueueFullError, RequestError, SamplingParams
+from jaxpaged.engine.scheduler import Plan
+from jaxpaged.model.decoder import apply
+from jaxpaged.model.params import dummy_params
+from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
+
+VOCAB, LENGTH = 64, 96
+_NORM = Norm("rms", 1e-5)
+
+
+def spec(window: int | None = None) -> Decoder:
+    mixer = Attention(4, 2, 8, 8**-0.5, Rope(1e4, 8), window=window)
+    return Decoder(VOCAB, 32, LENGTH, (Block(mixer, Mlp(48, "silu"), _NORM),) * 2, _NORM, 32, tied_head=False)
+
+
+PARAMS = jax.tree.map(lambda w: w * 3, dummy_params(spec(), seed=1))
+ROOMY = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "num_pages": 64, "page_size": 4}
+PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate((5, 17, 1, 30, 9, 4, 23, 12))]
+
+
+def make(window: int | None = None, **settings: object) -> Engine:
+    return Engine(spec(window), PARAMS, EngineConfig(warmup=False, **(ROOMY | settings)))
+
+
+def run(engine: Engine) -> dict[str, list[list[int]]]:
+    """The tokens of each request's completions, in the order in which requests finished."""
+    done = {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = [c.token_ids for c in output.outputs]
+    stats = engine.stats()
+    assert (stats.pages_held, stats.pages_leaked) == (0, 0)
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
+    return done
+
+
+def watched(engine: Engine) -> list[Plan]:
+    """The plans that it will make."""
+    plans: list[Plan] = []
+    schedule = engine.scheduler.schedule
+
+    def watched_schedule() -> Plan:
+        plans.append(schedule())
+        return plans[-1]
+
+    engine.scheduler.schedule = watched_schedule
+    return plans
+
+
+def greedy(count: int, **params: object) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=count, **params)
+
+
+# Order
+
+
+def test_first_come_first_served() -> None:
+    engine = make(max_num_seqs=1)
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(str(index), prompt, greedy(2))
+    assert list(run(engine)) == [str(index) for index in range(len(PROMPTS))]
+
+
+def test_the_lowest_priority_number_comes_first_and_equals_by_arrival() -> None:
+    engine = make(max_num_seqs=1, scheduling_policy="priority")
+    for name, priority in [("a", 1), ("b", 0), ("c", 1), ("d", -1), ("e", 0)]:
+        engine.add_request(name, PROMPTS[0], greedy(2), priority=priority)
+    assert list(run(engine)) == ["d", "b", "e", "a", "c"]
+
+
+def test_the_least_urgent_gives_its_pages_back_whoever_came_first() -> None:
+    engine = make(num_pages=9, max_model_len=32, scheduling_policy="priority", enable_prefix_caching=False)
+    engine.add_request("patient", PROMPTS[0], greedy(20), priority=5)
+    engine.step()
+    engine.add_request("urgent", PROMPTS[4], greedy(20), priority=0)
+    done = {}
+    while engine.has_unfinished:
+        done |= {o.request_id: o.metrics.num_preemptions for o in engine.step() if o.finished}
+    assert done["urgent"] == 0
+    assert done["patient"] > 0
+
+
+def test_a_priority_needs_the_policy() -> None:
+    with pytest.raises(RequestError, match="priority is 3 but scheduling_policy is 'fcfs'"):
+        make().add_request("x", [1], priority=3)
+
+
+# Limits
+
+
+def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
+    engine = make(max_num_seqs=1, max_num_queued_requests=2)
+    engine.add_request("a", PROMPTS[0], greedy(2))
+    engine.add_request("b", PROMPTS[1], greedy(2, n=3))
+    with pytest.raises(QueueFullError, match="2 requests wait and max_num_queued_requests is 2"):
+        engine.add_request("c", PROMPTS[2], greedy(2))
+    engine.step()
+    engine.add_request("c", PROMPTS[2], greedy(2))
+    assert run(engine).keys() == {"a", "b", "c"}
+
+
+def test_a_long_prompt_leaves_room_for_others_in_every_step() -> None:
+    engine = make(long_prefill_token_threshold=5)
+    engine.add_request("long", PROMPTS[3], greedy(4))
+    engine.add_request("short", PROMPTS[2], greedy(1))
+    plans = watched(engine)
+    done = run(engine)
+    assert list(done) == ["short", "long"]
+    assert max(c.length for plan in plans for c in plan.chunks) == 5
+
+
+def test_no_more_prompts_are_under_way_than_allowed() -> None:
+    engine = make(long_prefill_token_threshold=4, max_num_partial_prefills=1)
+    for index in (3, 6, 1):
+        engine.add_request(str(index), PROMPTS[index], greedy(1))
+    plans = watched(engine)
+    run(engine)
+    assert max(sum(not c.samples for c in plan.chunks) for plan in plans) == 1
+
+
+# Sharing
+
+
+def test_requests_share_prefixes_only_under_the_same_salt() -> None:
+    engine = make()
+    cached = []
+    for index, salt in enumerate([None, "a", "a", "b", None, ""]):
+        engine.add_request(str(index), PROMPTS[3], greedy(1), cache_salt=salt)
+        while engine.has_unfinished:
+            cached += [o.num_cached_tokens for o in engine.step() if o.finished]
+    assert cached == [0, 0, 28, 0, 28, 28]
+
+
+def test_an_explicit_fork_goes_on_from_the_tokens_so_far_with_a_seed_of_its_own() -> None:
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=16)
+    alone = make()
+    alone.add_request("x", PROMPTS[1], params)
+    (expected,) = run(alone)["x"]
+    engine = make()
+    engine.add_request("x", PROMPTS[1], params)
+    for _ in range(6):
+        (*_, output) = engine.step() or [None]
+    known = len(output.outputs[0].token_ids)
+    assert engine.fork("x", 2) == [1, 2]
+    shared = [page for page in engine.page_map() if len(page.holders) == 3]
+    assert len(shared) >= len(PROMPTS[1]) // 4
+    first, second, third = run(engine)["x"]
+    assert first == expected
+    assert first[:known] == second[:known] == third[:known]
+    assert len({tuple(first), tuple(second), tuple(third)}) == 3
+    assert len(second) == len(third) == 16
+
+
+def test_only_what_is_under_way_can_be_forked() -> None:
+    engine = make()
+    engine.add_request("x", PROMPTS[0], greedy(3))
+    with pytest.raises(RequestError, match="completion 1 of request 'x'"):
+        engine.fork("x", index=1)
+    run(engine)
+    with pytest.raises(RequestError, match="no request 'x'"):
+        engine.fork("x")
+
+
+def test_the_page_map_says_who_holds_what() -> None:
+    engine = make(num_pages=12, max_model_len=40)
+    engine.add_request("old", PROMPTS[4], greedy(1))
+    run(engine)
+    engine.add_request("a", PROMPTS[0], greedy(9, n=2))
+    engine.step()
+    pages = engine.page_map()
+    assert [p.page for p in pages] == list(range(1, 12))
+    assert [p.num_tokens for p in pages if p.holders == (("a", 0), ("a", 1))] == [4, 1]
+    assert sum(p.state == "cached" for p in pages) == engine.stats().pages_cached == 2
+    assert sum(p.state == "held" for p in pages) == engine.stats().pages_held == 2
+    assert sum(p.state == "free" for p in pages) == engine.stats().pages_free == 7
+
+
+# Windows
+
+
+@pytest.mark.parametrize(
+    ("window", "settings"),
+    [(1, {}), (5, {"max_num_batched_tokens": 7}), (13, {"num_pages": 26, "max_num_seqs": 8})],
+)
+def test_pages_that_no_window_reaches_are_given_back_and_nobody_misses_them(
+    window: int, settings: dict[str, int]
+) -> None:
+    engine = make(window, **settings)
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(str(index), prompt, greedy(30, n=2 if index == 4 else 1))
+    most_held = 0
+    done = {}
+    while engine.has_unfinished:
+        done |= {o.request_id: o.outputs[-1].token_ids for o in engine.step() if o.finished}
+        held = [sum(page != 0 for page in s.pages) for s in engine.scheduler.running]
+        most_held = max(most_held, *held, 0)
+    assert engine.stats().pages_held == 0
+    chunk = settings.get("max_num_batched_tokens", 32)
+    assert most_held <= -(-(window + chunk) // 4) + 2
+    for index, prompt in enumerate(PROMPTS):
+        assert done[str(index)] == dense_greedy(prompt, 30, window)
+
+
+def dense_greedy(prompt: list[int], count: int, window: int) -> list[int]:
+    model = _windowed(window)
+    tokens = list(prompt)
+    for _ in range(count):
+        padded = np.asarray(tokens + [0] * (LENGTH - len(tokens)), np.int32)
+        tokens.append(int(np.argmax(np.asarray(model(padded))[len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+@cache
+def _windowed(window: int) -> Callable[[np.ndarray], jax.Array]:
+    return jax.jit(lambda tokens: apply(PARAMS, tokens, spec(window)))
