@@ -7,7 +7,10 @@ The first row that fits wins; a size it leaves out is the rule's.
 The rule, for devices and shapes without a row, is what compiles without spilling a register for H200 and A100:
 - decode reads 64 keys at a time with 4 warps, 32 where a head is wider than 128 or a number wider than two bytes;
 - a prompt's tile has 128 rows (tokens x query heads of a group) and 8 warps, on Hopper with 64 keys at a time (wgmma),
-  elsewhere with 32; half the rows or keys where heads are wide, pools 8-bit or, as float32 has no tensor cores, less;
+  elsewhere with 32; fewer where heads are wide, where pools are 8-bit, and in float32, which has no tensor cores;
+- five stages: the page ids of a block are loaded before its keys and take a stage of their own, so that three or four
+  keep one block of keys in shared memory and five keep two (decode, D = 128: 39 KB and 72 KB); three where 8-bit
+  pools meet an A100, whose registers five would exceed;
 - decode splits keys until there are two programs for every multiprocessor, and not at all where sequences suffice.
 """
 
@@ -92,14 +95,14 @@ def _rule(op: Literal["decode", "ragged"], device: Device, group: int, head_dim:
     wide = head_dim > 128
     if op == "decode":
         block_k = 64 // (2 if wide else 1) // (2 if itemsize == 4 else 1)
-        return Tiles(1, block_k, num_warps=4, num_stages=3)
+        return Tiles(1, block_k, num_warps=4, num_stages=3 if itemsize == 1 and device.capability < 9.0 else 5)
     if itemsize == 4:
-        rows, block_k, num_stages = (16 if wide else 32), 16, 2
+        rows, block_k = (16 if wide else 32), 16
     elif device.capability == 9.0:
-        rows, block_k, num_stages = 128, (32 if wide else 64), (2 if wide else 3)
+        rows, block_k = 128, (32 if wide else 64)
     else:
-        rows, block_k, num_stages = (64 if wide or itemsize == 1 else 128), 32, (2 if wide else 3)
-    return Tiles(max(1, rows // group), block_k, num_warps=8, num_stages=num_stages)
+        rows, block_k = (64 if wide or itemsize == 1 else 128), 32
+    return Tiles(max(1, rows // group), block_k, num_warps=8, num_stages=5)
 
 
 @cache
