@@ -114,6 +114,16 @@ def run(llm: LLM, requests: Sequence[BenchRequest]) -> Timing:
 
 def environment(llm: LLM, args: Namespace) -> dict[str, Any]:
     """The part of a row that says what ran where."""
+    return host() | {
+        "model": args.dummy or model_path(args).name,
+        "dtype": str(jax.tree.leaves(llm.engine.params)[0].dtype),
+        "engine": {n: getattr(args, n) for n in ENGINE_OPTIONS if getattr(args, n) is not None}
+        | {"enable_prefix_caching": args.enable_prefix_caching},
+    }
+
+
+def host() -> dict[str, Any]:
+    """The part of a row that says where it ran."""
     devices = jax.devices()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -123,10 +133,6 @@ def environment(llm: LLM, args: Namespace) -> dict[str, Any]:
         "load_average_before": round(LOAD_AVERAGE, 2),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("jaxpaged", "jax", "jaxlib")},
-        "model": args.dummy or model_path(args).name,
-        "dtype": str(jax.tree.leaves(llm.engine.params)[0].dtype),
-        "engine": {n: getattr(args, n) for n in ENGINE_OPTIONS if getattr(args, n) is not None}
-        | {"enable_prefix_caching": args.enable_prefix_caching},
     }
 
 

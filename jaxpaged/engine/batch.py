@@ -143,18 +143,23 @@ def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs
     positions = _full(rows, 0)
     want_logprobs = _full((), False, np.bool_)
     score_temperature = _full(rows, 1, np.float32)
+    drawn, where = [], []  # what is not greedy, written at once: numpy is slow at single numbers
     for row, (sequence, start, length, samples) in rows_of(plan, bucket):
-        params = sequence.params
-        want_logprobs |= samples and params.logprobs is not None
-        score_temperature[row] = sequence.score_temperature
-        if not samples or params.temperature == 0:
+        if not samples:
             continue
-        temperature[row] = params.temperature
-        top_k[row] = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
-        top_p[row] = params.top_p
-        min_p[row] = params.min_p
-        seeds[row] = sequence.seed
-        positions[row] = start + length
+        params = sequence.params
+        if params.logprobs is not None:
+            want_logprobs |= True
+            score_temperature[row] = sequence.score_temperature
+        if params.temperature > 0:
+            drawn.append((params.temperature, params.top_k, params.top_p, params.min_p))
+            where.append((row, start + length, *sequence.seed))
+    if drawn:
+        rows_drawn, positions_drawn, *words = np.array(where, np.int64).T
+        temperature[rows_drawn], limits, top_p[rows_drawn], min_p[rows_drawn] = np.array(drawn).T
+        top_k[rows_drawn] = np.where(limits > 0, np.minimum(limits, vocab_size), vocab_size)
+        positions[rows_drawn] = positions_drawn
+        seeds[rows_drawn] = np.stack(words, 1)
     return SamplingInputs(temperature, top_k, top_p, min_p, seeds, positions, want_logprobs, score_temperature)
 
 

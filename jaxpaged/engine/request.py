@@ -56,9 +56,12 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)  # of each generated token
 
+    _needs_history: bool = field(init=False, default=False)
+
     def __post_init__(self) -> None:
-        """See `rope_len`."""
+        """See `rope_len`; and remember what every step asks."""
         self.rope_len = self.rope_len or self.prompt_len
+        self._needs_history = needs_history(self.params)
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -100,7 +103,7 @@ class Sequence:
         if self.num_pending_tokens == 0:
             return False
         is_full = self.num_tokens - self.prompt_len >= self.max_tokens
-        return is_full or self.chosen_on_host or self.outgrows_ropes or needs_history(self.params)
+        return is_full or self._needs_history or self.chosen_on_host or self.outgrows_ropes
 
     @property
     def outgrows_ropes(self) -> bool:

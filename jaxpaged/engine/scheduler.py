@@ -140,7 +140,8 @@ class Scheduler:
             self._lengthen(sequence)
             length = self._length(sequence, budget)
             crowded = length > 1 and len(plan.chunks) == self.max_num_chunks
-            if sequence.awaits_tokens or length == 0 or crowded or _is_forked(plan, sequence):
+            forked = plan.forks and _is_forked(plan, sequence)
+            if length == 0 or sequence.awaits_tokens or crowded or forked:
                 index += 1
                 continue
             while not self._grow(sequence, length, plan):
@@ -308,29 +309,28 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, length: int, plan: Plan) -> bool:
         """Pages to write the next `length` tokens to, held by nobody else; False where the pool has too few of them."""
-        self._slide(sequence)
+        if self.window is not None:
+            self._slide(sequence, self.window)
         start = sequence.num_computed_tokens
         index, offset = divmod(start, self.pool.page_size)
         is_shared = offset > 0 and self.pool.references(sequence.pages[index]) > 1
         missing = self._pages_for(start + length) - len(sequence.pages)
-        if missing + is_shared > self.pool.num_available:
+        if (missing or is_shared) and missing + is_shared > self.pool.num_available:
             return False
         if is_shared:
             source, (target,) = sequence.pages[index], self.pool.allocate(1)
             self.pool.release([source])
             sequence.pages[index] = sequence.page_table[index] = target
             plan.copies.append(Copy(source, target))
-        elif offset > 0:
+        elif offset > 0 and self.pool.is_findable(sequence.pages[index]):
             self.pool.unpublish([sequence.pages[index]])  # a fork may begin inside a page that its parent has filled
         if missing > 0:
             self._extend(sequence, self.pool.allocate(missing))
         return True
 
-    def _slide(self, sequence: Sequence) -> None:
+    def _slide(self, sequence: Sequence, window: int) -> None:
         """Give back the pages that neither the next token nor any after it will see."""
-        if self.window is None:
-            return
-        unseen = max(0, sequence.num_computed_tokens - self.window + 1) // self.pool.page_size
+        unseen = max(0, sequence.num_computed_tokens - window + 1) // self.pool.page_size
         for index in range(min(unseen, len(sequence.digests)) - 1, -1, -1):
             page = sequence.pages[index]
             if page == NULL_PAGE:

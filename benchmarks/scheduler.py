@@ -1,0 +1,57 @@
+"""What the host does per step around the device: plan, pack and update, at full batch and with long queues. No model.
+
+python benchmarks/scheduler.py --output benchmarks/results/scheduler.jsonl
+"""
+
+from __future__ import annotations
+
+import gc
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+from simulation import Lengths, Simulation
+
+from jaxpaged.engine.scheduler import Plan
+
+
+def main() -> None:
+    """Measure every queue length, write a row each."""
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--running", type=int, default=256, help="sequences that decode")
+    parser.add_argument("--waiting", type=int, nargs="+", default=[100, 10_000], help="requests behind them")
+    parser.add_argument("--steps", type=int, default=400, help="steps that are timed")
+    parser.add_argument("--page-size", type=int, default=16, help="tokens of a page")
+    parser.add_argument("--output", type=Path, help="append the rows to this file of JSON lines")
+    args = parser.parse_args()
+    for waiting in args.waiting:
+        row = {"benchmark": "scheduler"} | measure.host()
+        row |= {"running": args.running, "waiting": waiting, "steps": args.steps, "page_size": args.page_size}
+        measure.write(row | overhead(args.running, waiting, args.steps, args.page_size), args.output)
+
+
+def overhead(running: int, waiting: int, steps: int, page_size: int) -> dict[str, Any]:
+    """Milliseconds per step, and of each part, with `running` sequences decoding and `waiting` requests queued."""
+    length = Lengths(128, 2 * steps + 64)  # none finishes while it is timed
+    pages = running * -(-(length.prompt + length.output) // page_size) + 1
+    simulation = Simulation(pages, page_size, max_num_seqs=running, max_num_batched_tokens=max(2048, running))
+    for _ in range(running + waiting):
+        simulation.add(length)
+    while len(simulation.step().decodes) < running:
+        pass
+    before = Plan([], [])
+    times = []
+    gc.collect()
+    for _ in range(steps):
+        taken, before = simulation.timed_step(before)
+        times.append((sum(taken), *taken))
+    found = {}
+    for name, seconds in zip(("step", "plan", "pack", "update"), zip(*times, strict=True), strict=True):
+        found[f"{name}_ms"] = {f"p{p}": round(float(np.percentile(seconds, p)) * 1e3, 3) for p in (50, 99)}
+    return found
+
+
+if __name__ == "__main__":
+    main()
