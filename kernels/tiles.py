@@ -55,7 +55,7 @@ def current_device() -> Device:
     """The device of the mesh in whose context the code is traced, else the default device."""
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if described is not None:
-        return _known("gpu" if "NVIDIA" in described.device_kind else "tpu", described.device_kind)
+        return _known(described.platform, described.device_kind)
     config: Any = jax.config  # its types leave this out
     device = config.jax_default_device
     if device is None or isinstance(device, str):

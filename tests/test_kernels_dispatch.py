@@ -25,9 +25,10 @@ INT = jnp.int32
 
 @contextlib.contextmanager
 def on(name):
-    """As if traced for this GPU."""
-    gpu = jax.sharding.AbstractDevice(device_kind=name, num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=gpu)):
+    """As if traced for this device."""
+    platform = "gpu" if "NVIDIA" in name else "tpu"
+    device = jax.sharding.AbstractDevice(device_kind=name, num_cores=None, platform=platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         yield
 
 
