@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint fix types bench wheel table clean
+.PHONY: help demo test test-slow test-aot lint fix types bench wheel table clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -22,6 +22,10 @@ test: $(VENV)/.dev ## the fast tests
 
 test-slow: $(VENV)/.dev ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -m slow
+
+test-aot: ## compile the kernels for NVIDIA GPUs that are not here, and look at what came out
+	$(MAKE) VENV=.venv-aot .venv-aot/.aot
+	.venv-aot/bin/python -m pytest tests/test_kernels_aot.py
 
 lint: $(VENV)/.dev ## ruff, and that generated text is up to date
 	$(BIN)/ruff check .
@@ -61,4 +65,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml $(VENV)/.demo | $(BIN)/python
 	@echo "installing the development tools into $(VENV) ..."
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# The compiler alone, in an environment of its own: elsewhere JAX would look for the GPU that these wheels promise.
+$(VENV)/.aot: $(VENV)/.dev
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	$(PIP) --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc
 	@touch $@
