@@ -12,7 +12,7 @@ from typing import Any
 
 import measure
 import numpy as np
-from simulation import Lengths, Simulation
+from simulation import Simulation
 
 from jaxpaged.engine.scheduler import Plan
 
@@ -34,11 +34,17 @@ def main() -> None:
 
 def overhead(running: int, waiting: int, steps: int, page_size: int) -> dict[str, Any]:
     """Milliseconds per step, and of each part, with `running` sequences decoding and `waiting` requests queued."""
-    length = Lengths(128, 2 * steps + 64)  # none finishes while it is timed
-    pages = running * -(-(length.prompt + length.output) // page_size) + 1
-    simulation = Simulation(pages, page_size, max_num_seqs=running, max_num_batched_tokens=max(2048, running))
+    prompt, output = 128, 2 * steps + 64  # none finishes while it is timed
+    most = prompt + output
+    simulation = Simulation(
+        running * -(-most // page_size) + 1,
+        page_size,
+        max_num_seqs=running,
+        max_num_batched_tokens=max(2048, running),
+        max_model_len=most,
+    )
     for _ in range(running + waiting):
-        simulation.add(length)
+        simulation.add(prompt, [output])
     while len(simulation.step().decodes) < running:
         pass
     before = Plan([], [])

@@ -6,25 +6,29 @@ So what a step does to memory, and what planning it costs, can be measured at an
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpaged import SamplingParams
+from jaxpaged import BeamSearchParams, RequestMetrics, SamplingParams
 from jaxpaged.engine import batch
+from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.page_pool import PagePool
+from jaxpaged.engine.request import Request
 from jaxpaged.engine.request import Sequence as TokenSequence
 from jaxpaged.engine.scheduler import Plan, Scheduler
 
 VOCAB = 50_000
 
 
-class Lengths(NamedTuple):
-    """A request: prompt tokens, generated tokens."""
+class Memory(NamedTuple):
+    """Sequences under way, slots they hold, those of them with a token in them, slots they would hold without sharing."""
 
-    prompt: int
-    output: int
+    num_running: int
+    held: int
+    used: int
+    unshared: int
 
 
 class StepTimes(NamedTuple):
@@ -59,19 +63,40 @@ class Simulation:
             max_pages=self.max_pages,
         )
         self.buckets = batch.make_buckets(max_num_seqs, max_num_batched_tokens)
-        self.finished: list[TokenSequence] = []
+        self._beams: dict[str, BeamSearch] = {}
         self._random = np.random.default_rng(seed)
         self._num_added = 0
 
-    def add(self, lengths: Lengths, n: int = 1) -> TokenSequence:
-        """Queue a request with `n` completions of one length."""
-        tokens = self._random.integers(0, VOCAB, lengths.prompt).tolist()
-        params = SamplingParams(temperature=1.0)
-        first = TokenSequence(str(self._num_added), 0, params, lengths.prompt, tokens, lengths.output, (0, 0))
-        first.forks = [first.fork(index, (0, index)) for index in range(1, n)]
-        self._num_added += 1
+    def add(self, prompt: int, outputs: Sequence[int]) -> list[TokenSequence]:
+        """Queue a request: the length of its prompt, and that of each of its completions."""
+        first = self._sequence(prompt, outputs[0])
+        first.forks = [first.fork(index, (0, index)) for index in range(1, len(outputs))]
+        for fork, length in zip(first.forks, outputs[1:], strict=True):
+            fork.max_tokens = length
+        sequences = [first, *first.forks]
         self.scheduler.add(first)
-        return first
+        return sequences
+
+    def add_beams(self, prompt: int, output: int, width: int) -> None:
+        """Queue a beam search that goes on to the end."""
+        first = self._sequence(prompt, output)
+        first.chosen_on_host = True
+        request = Request(first.request_id, None, first.token_ids, first.params, RequestMetrics(0.0), [first])
+        self._beams[first.request_id] = BeamSearch(request, BeamSearchParams(width, max_tokens=output))
+        self.scheduler.add(first)
+
+    @property
+    def is_done(self) -> bool:
+        """True once nothing is left to compute."""
+        return not self.scheduler.running and not self.scheduler.waiting
+
+    def memory(self) -> Memory:
+        """What lies in the pool now."""
+        size, running = self.pool.page_size, self.scheduler.running
+        last = {s.pages[-1]: len(s.pages) * size - s.num_computed_tokens for s in running}
+        held = self.pool.num_held * size
+        unshared = sum(len(s.pages) for s in running) * size
+        return Memory(len(running), held, held - sum(last.values()), unshared)
 
     def step(self) -> Plan:
         """Plan a step and make up what it samples."""
@@ -95,14 +120,35 @@ class Simulation:
 
     def update(self, plan: Plan) -> None:
         """Append a token to every sequence that samples, and finish those that are done."""
-        sequences = list(sampled(plan))
+        searches = set()
+        for sequence in sampled(plan):
+            if beams := self._beams.get(sequence.request_id):
+                sequence.num_pending_tokens -= 1
+                beams.take(sequence, *self._likeliest(beams.params.beam_width))
+                searches.add(beams)
+        for beams in searches:
+            if beams.is_ready:
+                beams.advance(self.scheduler)
+        sequences = [s for s in sampled(plan) if s.request_id not in self._beams]
         tokens = self._random.integers(0, VOCAB, len(sequences)).tolist()
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.num_pending_tokens -= 1
             sequence.token_ids.append(token)
             if sequence.num_output_tokens >= sequence.max_tokens:
                 self.scheduler.finish(sequence, "length")
-                self.finished.append(sequence)
+
+    def _sequence(self, prompt: int, output: int) -> TokenSequence:
+        tokens = self._random.integers(0, VOCAB, prompt).tolist()
+        self._num_added += 1
+        return TokenSequence(str(self._num_added), 0, SamplingParams(temperature=1.0), prompt, tokens, output, (0, 0))
+
+    def _likeliest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Made-up tokens and log probabilities: uniform shares of what is left, so that the first have 1/2, 1/4, ..."""
+        left = np.cumprod(self._random.uniform(size=4 * count))
+        shares = np.concatenate([[1 - left[0]], left[:-1] - left[1:]])
+        best = np.sort(shares)[::-1][:count]
+        tokens = self._random.choice(VOCAB, count, replace=False)
+        return tokens, np.log(np.maximum(best, 1e-30)).astype(np.float32)
 
 
 def sampled(plan: Plan) -> Iterator[TokenSequence]:
