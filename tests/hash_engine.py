@@ -200,6 +200,7 @@ class HashEngine:
         before = {s: s.num_computed_tokens for s in self.scheduler.running}
         plan = self.scheduler.schedule()
         self.check(plan, before)
+        self.stale |= {fork.sequence for fork in plan.forks if fork.of.sequence in self.stale}
         waited_for = self.in_flight
         assert waited_for or not plan.is_empty or not self.unfinished, "nothing to compute, nothing to wait for, no end"
         self.in_flight = None if plan.is_empty else self._dispatch(plan, waited_for)
