@@ -5,10 +5,11 @@ python benchmarks/memory.py --output benchmarks/results/memory.jsonl
 Requests have lognormal lengths with the means of PagedAttention's traces (arXiv 2309.06180, section 6.1), all queued at
 the start; figures are means over the steps while some still wait. Pages run through the real scheduler and page pool.
 The baselines reserve at admission what a sequence may need: the model's length, the answer's length rounded up to a
-power of two, or exactly its length ("oracle"). `packed` ones take their reservations from the page pool too and so
-suffer no external fragmentation, better than any contiguous allocator; `buddy` ones take powers of two, as in the paper.
+power of two, or exactly its length ("oracle"). `packed` ones take their reservations from the page pool too and suffer
+no external fragmentation, better than any contiguous allocator; `buddy` ones take powers of two, as in the paper.
 
-Beams branch as made-up distributions of the next token say (see `simulation`), so their figures are a model's guess.
+Completions of one request are equally long. Beams branch as made-up distributions of the next token say (see
+`simulation`): what they save is what these make of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from jaxpaged.engine.page_pool import PagePool
 
 MEANS = {"sharegpt": (161, 338), "alpaca": (19, 58)}
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+KINDS = ("samples", "beams")
 MAX_LEN = 2048
 SLOTS = 16_384  # about what an A100 of 40 GB has left beside a model of 13B, as in the paper
 
@@ -59,10 +61,7 @@ def main() -> None:
         in_flight = paged["16"]["in_flight"]
         row["in_flight_over_oracle"] = {k: round(in_flight / oracle[k]["in_flight"], 2) for k in oracle}
         few = requests[: args.num_sharing]
-        row["saved_by_sharing"] = {
-            kind: {str(n): saved(few, n, kind, args.sigma, args.seed) for n in (2, 4, 6)}
-            for kind in ("samples", "beams")
-        }
+        row["saved_by_sharing"] = {kind: {str(n): saved(few, n, kind) for n in (2, 4, 6)} for kind in KINDS}
         measure.write(row, args.output)
 
 
@@ -179,17 +178,14 @@ def reserved(requests: list[Lengths], rule: Callable[[Lengths], int], memory: Pa
     return _shares(num_running, used, held)
 
 
-def saved(requests: list[Lengths], n: int, kind: str, sigma: float, seed: int) -> float:
+def saved(requests: list[Lengths], n: int, kind: str) -> float:
     """The share of the memory that sharing saves with `n` completions or beams per request, 32 requests at a time."""
-    rng = np.random.default_rng(seed)
     simulation = Simulation(n * 32 * MAX_LEN // 16 + 1, 16, max_num_seqs=32 * n, max_model_len=MAX_LEN)
-    mean = float(np.mean([r.output for r in requests]))
     for request in requests:
         if kind == "beams":
             simulation.add_beams(request.prompt, request.output, n)
         else:
-            outputs = np.minimum(_lognormal(rng, mean, n, sigma), MAX_LEN - request.prompt)
-            simulation.add(request.prompt, outputs.tolist())
+            simulation.add(request.prompt, [request.output] * n)
     held = unshared = 0
     while not simulation.is_done:
         simulation.step()

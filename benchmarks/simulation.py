@@ -23,7 +23,7 @@ VOCAB = 50_000
 
 
 class Memory(NamedTuple):
-    """Sequences under way, slots they hold, those of them with a token in them, slots they would hold without sharing."""
+    """Sequences under way, slots that they hold, those with a token in them, slots held if nothing were shared."""
 
     num_running: int
     held: int
