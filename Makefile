@@ -18,7 +18,7 @@ demo: $(VENV)/.demo ## chat with SmolLM2-135M-Instruct on the CPU
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-slow: $(VENV)/.dev ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -m slow

@@ -70,7 +70,7 @@ def train(num_steps: int, seed: int) -> tuple[list[float], list[float]]:
     params = dummy_params(SPEC, seed)
     optimizer = optax.adam(1e-2)
     state = optimizer.init(params)
-    config = EngineConfig(max_num_seqs=NUM_PROMPTS * GROUP, num_pages=256, page_size=4, max_num_batched_tokens=128)
+    config = EngineConfig(max_num_seqs=NUM_PROMPTS * GROUP, num_pages=256, page_size=4, warmup=False)
     engine = Engine(SPEC, params, config)
 
     @jax.jit
