@@ -99,7 +99,7 @@ def _rule(op: Literal["decode", "ragged"], device: Device, group: int, head_dim:
     if itemsize == 4:
         rows, block_k = (16 if wide else 32), 16
     elif device.capability == 9.0:
-        rows, block_k = 128, (32 if wide else 64)
+        rows, block_k = (64 if wide and itemsize == 1 else 128), (32 if wide else 64)
     else:
         rows, block_k = (64 if wide or itemsize == 1 else 128), 32
     return Tiles(max(1, rows // group), block_k, num_warps=8, num_stages=5)

@@ -1,0 +1,153 @@
+"""The kernels compiled ahead of time for H200 and A100: no register spills, asynchronous copies, wgmma, one CUDA graph.
+
+Skipped where the compiler's wheels are absent; `make test-aot` installs them in an environment of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import aot
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
+from jaxpaged.model.cache import KVCache
+from jaxpaged.model.params import map_specs
+from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
+from jaxpaged.model.step import StepInputs, forward
+
+pytestmark = [
+    pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing())),
+    # jax 0.11 announces the end of its Triton lowering, which our range of versions has.
+    pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning"),
+]
+INT = jnp.int32
+POOL_BYTES = 4096 * 16 * 2 * 8 * 128 * 2  # of a layer of the step below
+
+
+@pytest.fixture(autouse=True)
+def _compile_anew():
+    """A program from the persistent cache leaves no PTX."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def compiled(gpu, op, dump, *, pool="bfloat16", q=None, dim=128, group=4, num_pages=8192, **options):
+    """32 sequences of up to 4096 tokens, 8 kv heads; the q dtype is the pool's unless that is of 8 bits."""
+    struct = jax.ShapeDtypeStruct
+    pages = struct((num_pages, 16, 2, 8, dim), jnp.dtype(pool))
+    table, lens = struct((32, 256), INT), struct((32,), INT)
+    q = jnp.dtype(pool) if pages.dtype.itemsize > 1 else jnp.bfloat16
+    scales = struct(pages.shape[:-1], jnp.float32) if pages.dtype.itemsize == 1 else None
+    sinks = struct((8 * group,), q) if options.pop("sinks", False) else None
+    if op is paged_attention:
+        args = (struct((32, 8 * group, dim), q), pages, table, lens)
+    else:
+        args = (struct((2048, 8 * group, dim), q), pages, table, struct((33,), INT), lens)
+
+    def program(*args, sinks, scales):
+        return op(*args, scale=dim**-0.5, sinks=sinks, scales=scales, **options)
+
+    return aot.compile_for(gpu, lambda a, s, c: program(*a, sinks=s, scales=c), args, sinks, scales, dump=dump)
+
+
+EVERYTHING = {"window": 1000, "softcap": 30.0, "sinks": True}
+CASES = [
+    *({"dim": dim} for dim in (64, 80, 96, 128, 256)),
+    *({"group": group} for group in (1, 3, 7, 16)),
+    *({"pool": pool, "dim": dim} for pool in ("float16", "float32", "int8") for dim in (128, 256)),
+    EVERYTHING,
+    EVERYTHING | {"dim": 256, "pool": "int8"},
+]
+ON_HOPPER = [{"pool": "float8_e4m3fn", "dim": dim} for dim in (128, 256)]
+
+
+@pytest.mark.parametrize("op", [paged_attention, ragged_paged_attention])
+@pytest.mark.parametrize(
+    ("gpu", "case"), [*(("H200", c) for c in CASES + ON_HOPPER), *(("A100", c) for c in CASES)], ids=str
+)
+def test_default_sizes_spill_no_register_and_copy_asynchronously(gpu, case, op, tmp_path):
+    program = compiled(gpu, op, tmp_path, **case)
+    kernels = [k for name, k in program.kernels.items() if name != "paged_attention_merge"]
+    assert len(kernels) == 1
+    assert kernels[0].spilled_bytes == 0
+    copies = kernels[0].instructions
+    assert copies["cp.async.cg"] + copies["cp.async.ca"] + copies["cp.async.bulk.tensor"] > 0
+    if gpu == "H200" and op is ragged_paged_attention and case.get("pool") != "float32":
+        assert copies["wgmma.mma_async"] > 0
+
+
+@pytest.mark.parametrize("gpu", ["H200", "A100"])
+def test_the_merge_spills_nothing(gpu, tmp_path):
+    program = compiled(gpu, paged_attention, tmp_path, num_splits=4)
+    assert sorted(program.kernels) == ["paged_attention_decode_split", "paged_attention_merge"]
+    assert program.kernels["paged_attention_merge"].spilled_bytes == 0
+
+
+def test_large_pools_are_addressed_in_64_bits(tmp_path):
+    """2**31 numbers and more: a page's id must be multiplied by its size in 64 bits."""
+    wide = {}
+    for num_pages in (2**16, 2**16 + 1):  # times 32,768 numbers
+        (tmp_path / str(num_pages)).mkdir()
+        (kernel,) = compiled("H200", paged_attention, tmp_path / str(num_pages), num_pages=num_pages, num_splits=1)[
+            0
+        ].values()
+        wide[num_pages] = re.search(r"mul\.wide\.u32\s+%rd\d+, %r\d+, (32768|65536);", kernel.ptx) is not None
+    assert wide == {2**16: False, 2**16 + 1: True}
+
+
+def llama_step(num_layers, num_decodes, num_chunk_tokens):
+    """A step of the real engine's function at Llama 3 8B's shape: the arguments, for the spec."""
+    struct, norm = jax.ShapeDtypeStruct, Norm("rms", 1e-5)
+    block = Block(Attention(32, 8, 128, 128**-0.5, Rope(5e5, 128)), Mlp(14336, "silu"), norm)
+    spec = Decoder(128256, 4096, 8192, (block,) * num_layers, norm, 4096, tied_head=False)
+    params = map_specs(lambda _, leaf: struct(leaf.shape, jnp.bfloat16), spec)
+    cache = KVCache(tuple(struct((4096, 16, 2, 8, 128), jnp.bfloat16) for _ in range(num_layers)))
+    num_chunks = 4 if num_chunk_tokens else 0
+    rows, tokens = num_decodes + num_chunks, num_decodes + num_chunk_tokens
+    inputs = StepInputs(
+        *[struct((tokens,), INT)] * 5,
+        page_table=struct((rows, 256), INT),
+        kv_lens=struct((rows,), INT),
+        cu_q_lens=struct((num_chunks + 1,), INT),
+        logit_rows=struct((rows,), INT),
+    )
+    return spec, (params, cache, inputs, struct((rows,), INT))
+
+
+def step_program(num_layers, num_decodes, num_chunk_tokens, dump):
+    spec, args = llama_step(num_layers, num_decodes, num_chunk_tokens)
+    return aot.compile_for("H200", partial(forward, spec=spec), *args, dump=dump, donate=(1,))
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "kernels_a_layer"),
+    [(1, 20), (4, 14), (32, 14), (64, 13)],  # of one row XLA makes matrix-vector products, in more pieces
+)
+def test_a_decode_step_is_one_cuda_graph_of_few_kernels(num_decodes, kernels_a_layer, tmp_path):
+    program = step_program(4, num_decodes, 0, tmp_path)
+    once = 12  # the embedding, the ropes, the list of work, the last norm, the head
+    assert program.launches["kCommandBuffer"] == 1
+    assert set(program.launches) == {"kCommandBuffer", "kCustomKernel"}
+    assert program.launches["kCustomKernel"] <= 4 * kernels_a_layer + once
+    # The pools are updated in place.
+    assert program.aliased_bytes == 4 * POOL_BYTES
+    assert program.temporary_bytes < 32 * 2**20
+
+
+def test_a_mixed_step_runs_both_kernels_and_copies_no_pool(tmp_path):
+    program = step_program(2, 32, 480, tmp_path)
+    assert sorted(program.kernels) == [
+        "paged_attention_decode_split",
+        "paged_attention_merge",
+        "paged_attention_ragged",
+    ]
+    assert program.aliased_bytes == 2 * POOL_BYTES
+    assert program.temporary_bytes < POOL_BYTES // 2
