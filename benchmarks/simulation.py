@@ -104,6 +104,11 @@ class Simulation:
         self.update(plan)
         return plan
 
+    def run(self) -> None:
+        """Steps until all have finished."""
+        while not self.is_done:
+            self.step()
+
     def timed_step(self, before: Plan) -> tuple[StepTimes, Plan]:
         """A step as the engine does it: packed too, and planned before the tokens of the step `before` are read."""
         start = time.perf_counter()
