@@ -227,7 +227,8 @@ class HashEngine:
         bucket = batch.choose(plan, self.buckets)
         feedback = {chunk.sequence: row for row, chunk in before.rows if chunk.samples} if before else {}
         size, pages = self.pool.page_size, self.pool.num_pages
-        self.device.copy(*batch.pack_copies(plan, self.scheduler.max_num_seqs, pages))
+        for copied in batch.pack_copies(plan, pages):
+            self.device.copy(*copied)
         inputs = batch.pack(plan, bucket, feedback, max_pages=pages - 1, page_size=size, num_pages=pages)
         sampling = batch.pack_sampling(plan, bucket, VOCAB)
         tokens = self.device.step(inputs, sampling, before.tokens if before else np.zeros(1, np.int64))

@@ -370,6 +370,10 @@ class _no_compilation:
 def test_no_step_copies_the_pool(llm):
     runner = llm.engine.runner
     pool_bytes = sum(pool.nbytes for pool in runner.cache.pools)
+    for whole in (runner._scrub(), runner._copy_pages()):
+        assert whole.memory_analysis().alias_size_in_bytes >= pool_bytes
+    copied = 32 * pool_bytes // runner.cache.num_pages
+    assert runner._copy_pages().memory_analysis().temp_size_in_bytes < copied + 2**16
     for bucket in runner.buckets:
         memory = runner._forward(bucket).memory_analysis()
         assert memory.alias_size_in_bytes >= pool_bytes

@@ -14,6 +14,7 @@ from jaxpaged.model.sampling import Edits, SamplingInputs
 from jaxpaged.model.step import StepInputs
 
 EDITS_PER_CALL = 4096
+COPIES_PER_CALL = 32  # pages that lie beside the pool for a moment, over all layers
 _SMALL_CHUNKS = 4  # chunks a step with few chunk tokens may hold
 _CHUNKS = 16
 
@@ -124,12 +125,14 @@ def pack(
     return StepInputs(token_ids, source, positions, rope_lens, slots, page_table, kv_lens, cu_q_lens, logit_rows)
 
 
-def pack_copies(plan: Plan, size: int, num_pages: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source and target pages, padded to `size` with targets past the pool. A sequence copies one page at most."""
-    sources, targets = _full(size, 0), _full(size, num_pages)
-    sources[: len(plan.copies)] = [copy.source for copy in plan.copies]
-    targets[: len(plan.copies)] = [copy.target for copy in plan.copies]
-    return sources, targets
+def pack_copies(plan: Plan, num_pages: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Source and target pages in pieces of `COPIES_PER_CALL`, the last one padded with targets past the pool."""
+    for begin in range(0, len(plan.copies), COPIES_PER_CALL):
+        piece = plan.copies[begin : begin + COPIES_PER_CALL]
+        sources, targets = _full(COPIES_PER_CALL, 0), _full(COPIES_PER_CALL, num_pages)
+        sources[: len(piece)] = [copy.source for copy in piece]
+        targets[: len(piece)] = [copy.target for copy in piece]
+        yield sources, targets
 
 
 def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs:

@@ -114,8 +114,8 @@ class Runner:
             page_size=self.cache.page_size,
             num_pages=self.cache.num_pages,
         )
-        if plan.copies:
-            self.cache = self._copy_pages()(self.cache, *batch.pack_copies(plan, self._max_rows, self.cache.num_pages))
+        for pages in batch.pack_copies(plan, self.cache.num_pages):
+            self.cache = self._copy_pages()(self.cache, *pages)
         sampled = before.outputs.tokens if before else self._nothing_sampled
         self.cache, (raw, hidden) = self._forward(bucket)(self.params, self.cache, inputs, sampled)
         logits = self._edited(raw, plan, bucket)
@@ -228,7 +228,7 @@ class Runner:
         return self._compile(("scrub", 0), jax.jit(scrub, donate_argnums=0), self.cache, _shape(self.max_pages))
 
     def _copy_pages(self) -> Callable[..., KVCache]:
-        pages = _shape(self._max_rows)
+        pages = _shape(batch.COPIES_PER_CALL)
         return self._compile(("copy", 0), jax.jit(copy_pages, donate_argnums=0), self.cache, pages, pages)
 
     def _logits(self, rows: int) -> Any:

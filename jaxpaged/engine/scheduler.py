@@ -47,7 +47,7 @@ class Fork(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A page to be copied before the step computes anything. Copies of one step happen at once."""
+    """A page to be copied before the step computes anything, after those before it in the plan."""
 
     source: int
     target: int
