@@ -210,11 +210,31 @@ def test_forks_of_a_prompt_that_fills_its_pages_copy_nothing() -> None:
     assert [engine.step().copies for _ in range(3)] == [[]] * 3
 
 
+def test_what_forks_generate_is_found_as_a_prefix_though_they_began_inside_their_first_page() -> None:
+    engine = HashEngine(page_size=4)
+    engine.add([0, 1, 2], max_tokens=6, n=3)
+    engine.run()
+    again = [engine.add(s.token_ids, max_tokens=1) for s in list(engine.sequences)]
+    engine.run()
+    assert [s.num_cached_tokens for s in again] == [8] * 3
+
+
 def test_forks_that_find_no_seat_are_computed_by_themselves() -> None:
     engine = HashEngine(max_num_seqs=2)
     engine.add([0, 1, 2, 0, 1], n=5)
     engine.run()
     assert [s.num_output_tokens for s in engine.sequences] == [4] * 5
+
+
+def test_a_fork_of_a_sequence_that_has_just_outgrown_its_ropes_shares_the_keys_computed_anew() -> None:
+    engine = HashEngine(page_size=2, long_after=6)
+    parent = engine.add([0, 1, 2, 0, 1], max_tokens=6, repetition_penalty=1.1)
+    engine.run(until=lambda: len(parent.token_ids) == 7)
+    child = engine.fork(parent)
+    engine.step()
+    assert child.pages == parent.pages
+    assert child.salt == parent.salt != b""
+    engine.run()
 
 
 @pytest.mark.parametrize("steps", range(8))
@@ -340,6 +360,15 @@ def test_a_prefix_longer_than_the_window_is_found_and_only_its_end_is_held() -> 
     engine.step()
     assert again.num_cached_tokens == 18
     assert again.pages.count(0) >= 6
+
+
+def test_a_page_that_leaves_the_window_before_its_token_is_read_can_be_found_all_the_same() -> None:
+    engine = HashEngine(page_size=1, window=1)
+    sequence = engine.add([0, 1], max_tokens=6)
+    engine.run()
+    again = engine.add(sequence.token_ids, max_tokens=2)
+    engine.run()
+    assert again.num_cached_tokens == 7
 
 
 # Prefixes that are not to be shared
