@@ -12,7 +12,7 @@ from jaxpaged.engine import batch
 from jaxpaged.engine.batch import Bucket
 from jaxpaged.engine.logit_edits import RowEdits
 from jaxpaged.engine.request import Sequence
-from jaxpaged.engine.scheduler import Chunk, Plan
+from jaxpaged.engine.scheduler import Chunk, Copy, Fork, Plan
 from jaxpaged.model.cache import KVCache, init_cache
 from jaxpaged.model.params import dummy_params
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
@@ -128,6 +128,38 @@ def test_every_row_sees_its_own_pages_and_length_and_answers_for_its_last_token(
         assert inputs.positions[inputs.logit_rows[row]] == chunk.start + chunk.length - 1
     assert inputs.cu_q_lens.tolist() == [0, 7, 13, 16, 16, 16]
     assert inputs.logit_rows[[4, 5, 6]].tolist() == [10, 16, 19]
+
+
+def test_forks_take_rows_behind_the_decodes_and_the_logits_of_what_they_fork_from(plan: Plan) -> None:
+    chunk, decode = plan.chunks[2], plan.decodes[0]
+    forks = [Fork(sequence([1]), chunk), Fork(sequence([2]), decode)]
+    plan = plan._replace(forks=forks)
+    inputs = pack(plan, BUCKET, {plan.decodes[1].sequence: 2})
+    rows = dict(batch.rows_of(plan, BUCKET))
+    assert list(rows) == [0, 1, 2, 3, 4, 5, 6]
+    assert rows[2] == chunk._replace(sequence=forks[0].sequence)
+    assert rows[3] == decode._replace(sequence=forks[1].sequence)
+    assert inputs.logit_rows.tolist() == [0, 1, 19, 0, 10, 16, 19, 0, 0]
+    assert inputs.kv_lens[2:4].tolist() == [0, 0]
+    assert (inputs.slots[2:4] == NUM_PAGES * PAGE_SIZE).all()
+
+
+def test_a_plan_with_forks_takes_a_bucket_with_rows_for_them() -> None:
+    chunk = Chunk(None, 0, 3, True)
+    plan = Plan([Chunk(None, 5, 1, True)], [chunk], [Fork(None, chunk)] * 3)
+    assert batch.choose(plan, [Bucket(0, 64, 4), Bucket(3, 64, 4), Bucket(4, 64, 4)]) == Bucket(4, 64, 4)
+
+
+@pytest.mark.parametrize("num_copies", [0, 1, batch.COPIES_PER_CALL, batch.COPIES_PER_CALL + 1])
+def test_copies_come_in_pieces_of_one_size_and_in_order(num_copies: int) -> None:
+    copies = [Copy(n, n + 100) for n in range(num_copies)]
+    found = []
+    for sources, targets in batch.pack_copies(Plan([], [], [], copies), num_pages=1000):
+        assert sources.shape == targets.shape == (batch.COPIES_PER_CALL,)
+        real = targets < 1000
+        assert (targets[~real] == 1000).all()
+        found += list(zip(sources[real].tolist(), targets[real].tolist(), strict=True))
+    assert found == copies
 
 
 def test_padding_is_written_past_the_pool_and_sees_nothing(plan: Plan) -> None:
