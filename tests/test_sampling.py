@@ -328,6 +328,14 @@ def test_logprobs_come_from_raw_logits_though_edited_ones_are_sampled() -> None:
         np.testing.assert_allclose(getattr(outputs.logprobs, name), found, rtol=1e-6)
 
 
+def test_each_rows_logprobs_are_of_its_logits_over_its_score_temperature() -> None:
+    raw = logits_of(5, 300)
+    over = np.asarray([1, 0.5, 2, 1, 3], np.float32)
+    outputs = sample(raw, raw, inputs(5, 300, temperature=0, want_logprobs=True, score_temperature=over))
+    for name, found in logprobs_of(raw / over[:, None], raw.argmax(-1).astype(np.int32))._asdict().items():
+        np.testing.assert_allclose(getattr(outputs.logprobs, name), found, rtol=1e-6)
+
+
 def test_logprobs_that_nobody_wants_are_zeros() -> None:
     assert all((x == 0).all() for x in draw(logits_of(5, 300)).logprobs)
 
