@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 
 import jax
@@ -213,7 +214,7 @@ def test_pages_that_no_window_reaches_are_given_back_and_nobody_misses_them(
         assert done[str(index)] == dense_greedy(prompt, 30, window)
 
 
-def dense_greedy(prompt: list[int], count: int, window: int) -> list[int]:
+def dense_greedy(prompt: list[int], count: int, window: int | None) -> list[int]:
     model = _windowed(window)
     tokens = list(prompt)
     for _ in range(count):
@@ -223,5 +224,54 @@ def dense_greedy(prompt: list[int], count: int, window: int) -> list[int]:
 
 
 @cache
-def _windowed(window: int) -> Callable[[np.ndarray], jax.Array]:
+def _windowed(window: int | None) -> Callable[[np.ndarray], jax.Array]:
     return jax.jit(lambda tokens: apply(PARAMS, tokens, spec(window)))
+
+
+# Anything at any time
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_tokens_are_those_of_a_naive_recompute_whatever_the_schedule(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    page_size = int(rng.choice([1, 4, 8]))
+    engine = make(
+        page_size=page_size,
+        num_pages=1 + LENGTH // page_size + int(rng.integers(0, 48 // page_size)),
+        max_num_seqs=int(rng.integers(1, 7)),
+        max_num_batched_tokens=int(rng.integers(6, 40)),
+        enable_prefix_caching=bool(rng.random() < 0.7),
+        long_prefill_token_threshold=int(rng.integers(2, 20)) if rng.random() < 0.5 else None,
+        max_num_partial_prefills=1 if rng.random() < 0.3 else None,
+        scheduling_policy="priority",
+    )
+    done: dict[str, list[list[int]]] = {}
+    asked: dict[str, tuple[list[int], int]] = {}
+    while len(asked) < 24 or engine.has_unfinished:
+        if len(asked) < 24 and rng.random() < 0.5:
+            prompt = PROMPTS[int(rng.integers(8))]
+            prompt = prompt[: int(rng.integers(1, len(prompt) + 1))] + rng.integers(0, VOCAB, rng.integers(4)).tolist()
+            name, count = str(len(asked)), int(rng.integers(1, 30))
+            asked[name] = (prompt, count)
+            n, priority = int(rng.integers(1, 4)), int(rng.integers(-1, 2))
+            engine.add_request(name, prompt, greedy(count, n=n), priority=priority)
+        under_way = [name for name in asked if name not in done]
+        if under_way and rng.random() < 0.02:
+            name = under_way[int(rng.integers(len(under_way)))]
+            if engine.abort(name):
+                done[name] = []
+        elif under_way and rng.random() < 0.2:
+            with suppress(RequestError):  # it has just finished, or completion 0 of it has
+                engine.fork(under_way[int(rng.integers(len(under_way)))])
+        if rng.random() < 0.03:
+            engine.reset_prefix_cache()
+        for output in engine.step():
+            if output.finished and output.request_id not in done:
+                done[output.request_id] = [c.token_ids for c in output.outputs]
+    assert engine.stats().pages_held == 0
+    assert sum(bool(completions) for completions in done.values()) >= 12
+    for name, completions in done.items():
+        prompt, count = asked[name]
+        expected = dense_greedy(prompt, count, None)
+        assert all(tokens == expected for tokens in completions)
