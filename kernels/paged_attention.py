@@ -9,8 +9,9 @@ softcap), `window` counts the keys that a query sees with itself among them, `si
 softmax's denominator, `scales` [P, page_size, 2, K] multiplies K and V of an 8-bit pool. A sequence with kv_lens 0 and
 rows of q past the last sequence give zeros; page-table entries past a sequence's length may hold anything.
 
-Backends: "reference" is plain jnp and runs everywhere; "triton" is a Pallas kernel for NVIDIA GPUs from A100 on; "auto"
-is triton there and the reference elsewhere. All are forward only. The sizes (block_q tokens, block_k keys, num_splits,
+Backends: "reference" is plain jnp and runs everywhere; "triton" is a Pallas kernel for NVIDIA GPUs from A100 on;
+"mosaic" is one for Hopper, decode only; "auto" is triton on NVIDIA GPUs and the reference elsewhere, for as long as
+nobody has measured that mosaic is faster. All are forward only. The sizes (block_q tokens, block_k keys, num_splits,
 num_warps, num_stages) cut the kernel's work and change nothing but rounding and speed; left out, they are chosen by
 device and shape (tiles.py). `interpret` runs the kernel without a GPU, slowly, for tests.
 """
@@ -28,8 +29,8 @@ from jaxtyping import Array, Float, Int
 from jaxpaged.kernels import reference
 from jaxpaged.kernels.tiles import Device, current_device, splits_for, tiles_for
 
-Backend = Literal["auto", "reference", "triton"]
-_BACKENDS = ("auto", "reference", "triton")
+Backend = Literal["auto", "reference", "triton", "mosaic"]
+_BACKENDS = ("auto", "reference", "triton", "mosaic")
 _POOL_DTYPES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")
 
 
@@ -63,19 +64,16 @@ def paged_attention(
     if _choose(backend, device, interpret) == "reference":
         op: _Op = partial(reference.paged_attention, scale=scale, window=window, softcap=softcap)
         return _forward_only(op, q, pages, page_table, kv_lens, sinks=sinks, scales=scales)
+    if backend == "mosaic":
+        op = partial(_mosaic, device=device, window=window, interpret=interpret, block_k=block_k)
+        op = partial(op, scale=scale, softcap=softcap, num_splits=num_splits, num_stages=num_stages)
+        return _forward_only(op, q, pages, page_table, kv_lens, sinks=sinks, scales=scales)
     from jaxpaged.kernels import triton_attention  # Pallas is slow to import, and jax plans to drop its Triton
 
     shape = _check_for_triton(q, pages, device, interpret)
     sizes = tiles_for("decode", device, **shape, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
     if num_splits is None:
-        max_keys = page_table.shape[1] * pages.shape[1]
-        num_splits = splits_for(
-            device,
-            num_seqs=q.shape[0],
-            kv_heads=pages.shape[3],
-            max_keys=max_keys if window is None else min(max_keys, window),
-            block_k=sizes.block_k,
-        )
+        num_splits = _splits(pages, page_table, device, window, sizes.block_k)
     _check_sizes(block_k=sizes.block_k, num_splits=num_splits)
     op = partial(
         triton_attention.paged_attention,
@@ -119,6 +117,8 @@ def ragged_paged_attention(
     if _choose(backend, device, interpret) == "reference":
         op: _Op = partial(reference.ragged_paged_attention, scale=scale, window=window, softcap=softcap)
         return _forward_only(op, q, pages, page_table, cu_q_lens, kv_lens, sinks=sinks, scales=scales)
+    if backend == "mosaic":
+        raise ValueError("the mosaic backend has decode only (paged_attention); use triton for chunks")
     from jaxpaged.kernels import triton_attention  # as above
 
     shape = _check_for_triton(q, pages, device, interpret)
@@ -191,6 +191,70 @@ def _check_for_triton(q: Array, pages: Array, device: Device, interpret: bool) -
             "wrong places; take fewer pages or more"
         )
     return {"group": q.shape[1] // pages.shape[3], "head_dim": q.shape[2], "pool": dtype}
+
+
+def _splits(pages: Array, page_table: Array, device: Device, window: int | None, block_k: int) -> int:
+    num_seqs, max_pages = page_table.shape
+    max_keys = max_pages * pages.shape[1]
+    return splits_for(
+        device,
+        num_seqs=num_seqs,
+        kv_heads=pages.shape[3],
+        max_keys=max_keys if window is None else min(max_keys, window),
+        block_k=block_k,
+    )
+
+
+def _mosaic(
+    q: Array,
+    pages: Array,
+    page_table: Array,
+    kv_lens: Array,
+    *,
+    sinks: Array | None,
+    scales: Array | None,
+    device: Device,
+    window: int | None,
+    interpret: bool,
+    block_k: int | None,
+    num_splits: int | None,
+    num_stages: int | None,
+    **meaning: Any,
+) -> Array:
+    """Decode by Mosaic. Raises ValueError, with what to use instead, where it cannot."""
+    page_size, dim, group = pages.shape[1], pages.shape[4], q.shape[1] // pages.shape[3]
+    block_k = block_k or 128
+    reasons = {
+        f"jax 0.11 or later, and this is {jax.__version__}": jax.__version_info__ < (0, 11),
+        f"compute capability 9.0; {device.name} has {device.capability}": device.capability != 9.0 and not interpret,
+        f"bfloat16 or float16 q and pages of one type; they are {q.dtype} and {pages.dtype}": q.dtype != pages.dtype
+        or q.dtype not in (jnp.bfloat16, jnp.float16),
+        f"heads of 64 or 128; they are of {dim}": dim not in (64, 128),  # two stages of 256 exceed shared memory
+        f"a block_k that is a multiple of 64; it is {block_k}": block_k % 64 != 0,  # wgmma's, of a swizzled operand
+        f"at most 64 query heads a kv head; there are {group}": group > 64,
+        f"a page_size that is a power of two from 8 on; it is {page_size}": page_size < 8
+        or bool(page_size & (page_size - 1)),
+        "a pool without scales": scales is not None,
+    }
+    if missing := [need for need, is_missing in reasons.items() if is_missing]:
+        raise ValueError(f"the mosaic backend needs {'; '.join(missing)}: use triton instead")
+    from jaxpaged.kernels import mosaic_attention
+
+    num_splits = num_splits or _splits(pages, page_table, device, window, block_k)
+    _check_sizes(block_k=block_k, num_splits=num_splits)
+    return mosaic_attention.paged_attention(
+        q,
+        pages,
+        page_table,
+        kv_lens,
+        sinks=sinks,
+        window=window,
+        block_k=block_k,
+        num_stages=num_stages or 2,
+        num_splits=num_splits,
+        interpret=mosaic_attention.plgpu.InterpretGPUParams() if interpret else None,
+        **meaning,
+    )
 
 
 def _check_sizes(*, block_k: int, num_splits: int = 1) -> None:

@@ -207,5 +207,5 @@ def test_wrong_shapes_are_refused_with_both_numbers(monkeypatch):
         paged_attention(jnp.zeros((3, 5, 32)), pages, table, lens, scale=1.0)
     with pytest.raises(ValueError, match="q has 2 rows but kv_lens has 3"):
         paged_attention(jnp.zeros((2, 4, 32)), pages, table, lens, scale=1.0)
-    with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, reference, triton"):
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, reference, triton, mosaic"):
         paged_attention(jnp.zeros((3, 4, 32)), pages, table, lens, scale=1.0, backend="cuda")
