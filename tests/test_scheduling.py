@@ -164,6 +164,16 @@ def test_an_explicit_fork_goes_on_from_the_tokens_so_far_with_a_seed_of_its_own(
     assert len(second) == len(third) == 16
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_completion_that_has_not_begun_can_be_forked(steps: int) -> None:
+    engine = make(max_num_batched_tokens=12)
+    engine.add_request("x", PROMPTS[1], greedy(6, n=2))
+    for _ in range(steps):
+        engine.step()
+    assert engine.fork("x", index=1) == [2]
+    assert run(engine)["x"] == [dense_greedy(PROMPTS[1], 6, None)] * 3
+
+
 def test_only_what_is_under_way_can_be_forked() -> None:
     engine = make()
     engine.add_request("x", PROMPTS[0], greedy(3))

@@ -123,7 +123,7 @@ class Scheduler:
         """
         child.arrival = parent.arrival
         if parent.num_pending_tokens == 0 and parent.token_ids == child.token_ids:
-            parent.forks.append(child)
+            (self._parent_of(parent) or parent).forks.append(child)
         elif parent in self.running and len(self.running) < self.max_num_seqs:
             self._share(parent, child, min(parent.num_computed_tokens, len(child.token_ids) - 1))
         else:
@@ -171,8 +171,9 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         else:
-            parent = next(s for s in (*self.running, *self.waiting) if sequence in s.forks)
-            parent.forks.remove(sequence)
+            parent = self._parent_of(sequence)
+            if parent is not None:
+                parent.forks.remove(sequence)
         for fork in sequence.forks:
             insort(self.waiting, fork, key=_order)
         sequence.forks = []
@@ -186,6 +187,10 @@ class Scheduler:
         """Take all pages back: every running sequence is computed anew, in its old turn."""
         for sequence in reversed(list(self.running)):
             self._preempt(sequence)
+
+    def _parent_of(self, sequence: Sequence) -> Sequence | None:
+        """Whose logits a fork waits for that is yet to begin."""
+        return next((s for s in (*self.running, *self.waiting) if sequence in s.forks), None)
 
     def _admit(self, plan: Plan, budget: int) -> None:
         while budget > 0 and len(self.running) < self.max_num_seqs and (sequence := self._next()):
