@@ -17,8 +17,9 @@ def fitting(new: Any, old: Params, spec: Decoder) -> Params:
 
     Raises ConfigError that lists every missing, unexpected and mis-shaped leaf, and every one of another dtype.
     """
-    leaves, structure = jax.tree.flatten(new)
-    old_leaves, old_structure = jax.tree.flatten(old)
+    leaves, old_leaves = jax.tree.leaves(new), jax.tree.leaves(old)
+    structure: Any = jax.tree.structure(new)
+    old_structure: Any = jax.tree.structure(old)
     if structure != old_structure or any(_kind(a) != _kind(b) for a, b in zip(leaves, old_leaves, strict=True)):
         raise ConfigError("the new params do not fit: " + "; ".join(_misfits(new, old, spec)))
     placed = [_placed(a, b) for a, b in zip(leaves, old_leaves, strict=True)]
@@ -33,7 +34,8 @@ def _kind(leaf: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 def _placed(new: Any, old: jax.Array) -> jax.Array:
     if isinstance(new, jax.Array) and new.sharding == old.sharding:
         return new
-    return jax.device_put(new, old.sharding)
+    placed: jax.Array = jax.device_put(new, old.sharding)
+    return placed
 
 
 def _misfits(new: Any, old: Params, spec: Decoder) -> list[str]:

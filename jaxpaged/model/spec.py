@@ -71,8 +71,8 @@ class YarnScaling:
 class LongRopeScaling:
     """One divisor per frequency, another set past `original_max_positions` (arXiv 2402.13753).
 
-    The set is chosen by the sequence's length; one that outgrows the original while it is generated is computed anew, as
-    in transformers. `attention_factor` multiplies cos and sin.
+    The set is chosen by the sequence's length; one that outgrows the original while it is generated is computed anew,
+    as in transformers. `attention_factor` multiplies cos and sin.
     """
 
     short_factor: tuple[float, ...]
