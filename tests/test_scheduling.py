@@ -242,7 +242,7 @@ def _windowed(window: int | None) -> Callable[[np.ndarray], jax.Array]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 def test_greedy_tokens_are_those_of_a_naive_recompute_whatever_the_schedule(seed: int) -> None:
     rng = np.random.default_rng(seed)
     page_size = int(rng.choice([1, 4, 8]))
@@ -267,11 +267,11 @@ def test_greedy_tokens_are_those_of_a_naive_recompute_whatever_the_schedule(seed
             n, priority = int(rng.integers(1, 4)), int(rng.integers(-1, 2))
             engine.add_request(name, prompt, greedy(count, n=n), priority=priority)
         under_way = [name for name in asked if name not in done]
-        if under_way and rng.random() < 0.02:
+        if len(asked) < 24 and under_way and rng.random() < 0.05:
             name = under_way[int(rng.integers(len(under_way)))]
             if engine.abort(name):
                 done[name] = []
-        elif under_way and rng.random() < 0.2:
+        elif len(asked) < 24 and under_way and rng.random() < 0.2:
             with suppress(RequestError):  # it has just finished, or completion 0 of it has
                 engine.fork(under_way[int(rng.integers(len(under_way)))])
         if rng.random() < 0.03:
