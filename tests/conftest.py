@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -39,6 +40,10 @@ HAVE_TORCH = importlib.util.find_spec("torch") is not None
 GOLDEN = ROOT / "tests" / "golden"
 
 Arrays = Mapping[str, np.ndarray]
+
+
+# A shell that starts the tests in the background has SIGINT ignored for them; what Ctrl-C does is tested all the same.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
