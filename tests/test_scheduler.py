@@ -492,4 +492,4 @@ def in_any_order(max_examples: int, steps: int) -> type:
 
 
 TestAnyOrder = in_any_order(40, 40)
-TestAnyOrderForLong = pytest.mark.slow(in_any_order(500, 100))
+TestAnyOrderForLong = pytest.mark.slow(in_any_order(250, 100))
