@@ -197,8 +197,10 @@ class HashEngine:
         return [s for s in self.sequences if not s.finished]
 
     def step(self) -> Plan:
-        before = {s: s.num_computed_tokens for s in self.scheduler.running}
+        running = [(s, s.num_computed_tokens, s.num_preemptions) for s in self.scheduler.running]
         plan = self.scheduler.schedule()
+        # One preempted and admitted again just now has nothing from before; it may match what this step writes.
+        before = {s: computed for s, computed, preemptions in running if s.num_preemptions == preemptions}
         self.check(plan, before)
         self.stale |= {fork.sequence for fork in plan.forks if fork.of.sequence in self.stale}
         waited_for = self.in_flight
