@@ -2,8 +2,9 @@
 
 The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian: magic, version, number of
 tensors, number of metadata pairs; the pairs; the tensors' names, shapes, types and offsets; then the data, aligned.
-PyPI's `gguf` dequantises. Its own reader makes several arrays per token of the vocabulary (2.2 s for 49,152 tokens,
-where this one takes 0.07 s) and believes what a header says, so the header is read here.
+PyPI's `gguf` dequantises; it is imported when a file is read, and not missed by who has none. Its own reader makes
+several arrays per token of the vocabulary (2.2 s for 49,152 tokens, where this one takes 0.07 s) and believes what a
+header says, so the header is read here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import ml_dtypes
 import numpy as np
 
@@ -167,6 +167,8 @@ class _Header:
         return tensors
 
     def tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int) -> StoredTensor:
+        import gguf
+
         kinds = {int(member): member for member in gguf.GGMLQuantizationType}
         type_name = kinds[kind].name if kind in kinds else f"number {kind}"
         if type_name not in (*PLAIN, *QUANTISED):
@@ -204,6 +206,8 @@ def transformed(tensor: StoredTensor, then: Callable[[Array], Array], shape: tup
 
 def _dequantise(kind: Any, shape: tuple[int, ...], raw: Array) -> Array:
     """`raw` as float32, a chunk of blocks at a time: gguf keeps all its pieces until it joins them."""
+    import gguf
+
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = raw.reshape(-1, block_bytes)
     out = np.empty((len(blocks), block), np.float32)

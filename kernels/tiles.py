@@ -74,9 +74,9 @@ def tiles_for(
 ) -> Tiles:
     """The sizes that were given, else measured on this device, else the rule's. `group` is H / K."""
     pool = jnp.dtype(pool)
-    sizes = _rule(op, device, group, head_dim, pool.itemsize)._asdict()
+    sizes = rule(op, device, group, head_dim, pool.itemsize)._asdict()
     facts = {"group": group, "head_dim": head_dim, "pool": pool.name}
-    for row in _tuned(TUNED / f"{_file_name(device.name)}.json").get(op, ()):
+    for row in _tuned(TUNED / f"{file_name(device.name)}.json").get(op, ()):
         if all(row[c] == facts[c] for c in _CONDITIONS if c in row):
             sizes |= {k: row[k] for k in _SIZES if k in row}
             break
@@ -91,7 +91,8 @@ def splits_for(device: Device, *, num_seqs: int, kv_heads: int, max_keys: int, b
     return max(1, min(wanted, max_keys // (2 * block_k)))
 
 
-def _rule(op: Literal["decode", "ragged"], device: Device, group: int, head_dim: int, itemsize: int) -> Tiles:
+def rule(op: Literal["decode", "ragged"], device: Device, group: int, head_dim: int, itemsize: int) -> Tiles:
+    """The sizes that are taken where nothing was measured."""
     wide = head_dim > 128
     if op == "decode":
         block_k = 64 // (2 if wide else 1) // (2 if itemsize == 4 else 1)
@@ -118,5 +119,6 @@ def _tuned(path: Path) -> dict[str, list[dict[str, Any]]]:
     return table
 
 
-def _file_name(device: str) -> str:
+def file_name(device: str) -> str:
+    """What a device's file under `tuned/` is called, without its suffix."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")

@@ -1,4 +1,8 @@
-"""How every test runs: eight virtual CPU devices, strict dtypes and ranks, no hub, compiled steps kept between runs."""
+"""How every test runs: eight virtual CPU devices, strict dtypes and ranks, no hub, compiled steps kept between runs.
+
+`--device gpu` runs on the GPU at hand instead, for the tests that mean something there (`make gpu`): kernels that are
+interpreted elsewhere are compiled, float32 products are full ones, and warnings, which are that machine's, pass.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the processes that tests start
-jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -34,7 +36,9 @@ MODEL = [
     for p in (ROOT / "jaxpaged" / "model").glob("*.py")
     if p.stem not in ("__init__", "cache")
 ]
-jaxtyping.install_import_hook([*MODEL, "jaxpaged.kernels"], "beartype.beartype")
+HAVE_BEARTYPE = importlib.util.find_spec("beartype") is not None
+if HAVE_BEARTYPE:
+    jaxtyping.install_import_hook([*MODEL, "jaxpaged.kernels"], "beartype.beartype")
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 GOLDEN = ROOT / "tests" / "golden"
@@ -48,6 +52,25 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="store what torch computes under tests/golden/")
+    parser.addoption("--device", choices=["cpu", "gpu"], default="cpu", help="where to run (default: %(default)s)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    on_gpu = config.getoption("--device") == "gpu"
+    platforms = os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if on_gpu else "cpu")  # tests start processes too
+    jax.config.update("jax_platforms", platforms)
+    if on_gpu:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the GPU
+        jax.config.update("jax_default_matmul_precision", "highest")
+        config.addinivalue_line("filterwarnings", "default")
+        if jax.default_backend() != "gpu":
+            raise pytest.UsageError(
+                f"--device gpu, but JAX runs on {jax.default_backend()} (JAX_PLATFORMS={platforms})"
+            )
+
+
+def pytest_report_header() -> list[str]:
+    return [] if HAVE_BEARTYPE else ["shapes in signatures go unchecked: beartype is not installed"]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -60,17 +83,19 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, Callable[[], Arrays
     """`golden(name, compute)`: what compute() makes with torch or, where torch is absent, what was stored of it.
 
     Where both are there they must agree, so that stored arrays do not grow stale; `--write-golden` stores them anew.
+    On a GPU's machine torch may be of any version, and what was stored stands.
     """
+    have_torch = HAVE_TORCH and request.config.getoption("--device") == "cpu"
 
     def reference(name: str, compute: Callable[[], Arrays]) -> Arrays:
         path = GOLDEN / f"{name}.npz"
-        if HAVE_TORCH and request.config.getoption("--write-golden"):
+        if have_torch and request.config.getoption("--write-golden"):
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(path, **compute())
         assert path.exists(), f"{path.relative_to(ROOT)} is not stored yet; run pytest --write-golden where torch is"
         with np.load(path) as file:
             stored = dict(file)
-        if HAVE_TORCH:
+        if have_torch:
             fresh = compute()
             assert fresh.keys() == stored.keys(), f"{path.name} is stale; run pytest --write-golden"
             for key, array in fresh.items():

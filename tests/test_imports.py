@@ -123,3 +123,10 @@ def test_importing_jaxpaged_leaves_jax_as_it_was() -> None:
     """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_who_reads_no_gguf_needs_no_gguf() -> None:
+    """Machines with a GPU often have all else."""
+    program = "import sys; sys.modules['gguf'] = None; import jaxpaged.llm"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

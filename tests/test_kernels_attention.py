@@ -1,4 +1,4 @@
-"""The Triton attention kernels, run in Pallas' interpreter, against the reference ops."""
+"""The Triton attention kernels against the reference ops: in Pallas' interpreter or, with --device gpu, compiled."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import INTERPRET
 from test_paged_attention import SHAPES, Options, Pool
 
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
 
 LENS = [1, 16, 17, 0, 33, 70, 5]
 Q_LENS = [1, 5, 17, 0, 1, 30, 2]
-KERNEL = {"backend": "triton", "interpret": True, "block_k": 16}
+KERNEL = {"backend": "triton", "interpret": INTERPRET, "block_k": 16}
 REFERENCE = {"backend": "reference"}
 PLAIN = Options()
 SINKS = np.asarray([3.0, -2.0, 0.5, 1.0], np.float32)
