@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from jaxpaged.errors import ConfigError
 from jaxpaged.settings import Settings
 
-CacheDtype = Literal["auto", "float32", "bfloat16", "float16"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8", "fp8_e4m3"]
+AttentionBackend = Literal["auto", "reference", "triton", "mosaic"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
 
@@ -29,7 +30,8 @@ class EngineConfig(Settings):
     max_num_partial_prefills      most prompts under way that need another step; None: no limit
     max_num_queued_requests       most requests that wait, preempted ones included; None: no limit
     seed                          for requests that bring none
-    cache_dtype                   of the pool; auto: the weights' dtype
+    cache_dtype                   of the pool; auto: the weights' dtype; fp8 is fp8_e4m3
+    attention_backend             auto: the kernels that fit the device, else plain jnp, which is "reference"
     warmup                        compile every bucket at the start rather than when it is first met
     compilation_cache_dir         where compiled steps are kept between runs; None: JAX's setting, else the user's cache
     """
@@ -49,6 +51,7 @@ class EngineConfig(Settings):
     max_num_queued_requests: int | None = None
     seed: int = 0
     cache_dtype: CacheDtype = "auto"
+    attention_backend: AttentionBackend = "auto"
     warmup: bool = True
     compilation_cache_dir: str | Path | None = None
 
@@ -68,11 +71,9 @@ class EngineConfig(Settings):
 
         if self.page_size & (self.page_size - 1):
             raise ConfigError(f"page_size is {self.page_size:,}; it must be a power of two, such as 16")
-        if self.cache_dtype not in get_args(CacheDtype):
-            raise ConfigError(f"cache_dtype is {self.cache_dtype!r}; known: {', '.join(get_args(CacheDtype))}")
-        if self.scheduling_policy not in get_args(SchedulingPolicy):
-            known = ", ".join(get_args(SchedulingPolicy))
-            raise ConfigError(f"scheduling_policy is {self.scheduling_policy!r}; known: {known}")
+        self._check_choice("cache_dtype", CacheDtype)
+        self._check_choice("attention_backend", AttentionBackend)
+        self._check_choice("scheduling_policy", SchedulingPolicy)
         if not isinstance(self.compilation_cache_dir, (str, Path, type(None))):
             raise ConfigError(f"compilation_cache_dir is {self.compilation_cache_dir!r}; it must be a path")
         self._check_pool_holds_one_sequence()

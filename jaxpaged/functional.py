@@ -20,7 +20,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxpaged.model.cache import KVCache, init_cache
+from jaxpaged.kernels.paged_attention import Backend
+from jaxpaged.model.cache import KVCache, Pool, init_cache
 from jaxpaged.model.decoder import apply
 from jaxpaged.model.params import Params
 from jaxpaged.model.spec import Decoder
@@ -29,6 +30,7 @@ from jaxpaged.model.step import ForwardOutputs, StepInputs, forward
 __all__ = [
     "ForwardOutputs",
     "KVCache",
+    "Pool",
     "Span",
     "StepInputs",
     "apply",
@@ -99,12 +101,14 @@ def pack(spans: Sequence[Span], cache: KVCache, *, max_pages: int | None = None)
     )
 
 
-def step(params: Params, cache: KVCache, inputs: StepInputs, *, spec: Decoder) -> tuple[KVCache, ForwardOutputs]:
+def step(
+    params: Params, cache: KVCache, inputs: StepInputs, *, spec: Decoder, attention_backend: Backend = "auto"
+) -> tuple[KVCache, ForwardOutputs]:
     """Compute the packed tokens: keys and values go to their pages; logits [S, V] float32 and hidden [T, M] come back.
 
     The engine runs the same function. Donate `cache`, or the pool is copied.
     """
-    return forward(params, cache, inputs, jnp.zeros(1, jnp.int32), spec)
+    return forward(params, cache, inputs, jnp.zeros(1, jnp.int32), spec, attention_backend)
 
 
 def decode_loop(
@@ -117,6 +121,7 @@ def decode_loop(
     *,
     num_steps: int,
     spec: Decoder,
+    attention_backend: Backend = "auto",
 ) -> tuple[KVCache, Int[Array, "num_steps S"]]:
     """Decode `num_steps` tokens of S sequences in one traced loop, each step's tokens the next one's input.
 
@@ -139,7 +144,7 @@ def decode_loop(
             cu_q_lens=jnp.zeros(1, jnp.int32),
             logit_rows=rows,
         )
-        cache, outputs = step(params, cache, inputs, spec=spec)
+        cache, outputs = step(params, cache, inputs, spec=spec, attention_backend=attention_backend)
         sampled = sampler(outputs.logits, positions + 1).astype(jnp.int32)
         return (cache, sampled, positions + 1), sampled
 

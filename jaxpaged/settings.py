@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 from jaxpaged.errors import JaxpagedError
 
@@ -58,6 +58,11 @@ class Settings:
     def _check_bool(self, name: str) -> None:
         if not isinstance(getattr(self, name), bool):
             raise self.error(f"{name} is {getattr(self, name)!r}; it must be True or False")
+
+    def _check_choice(self, name: str, choices: Any) -> None:
+        """`choices` is a Literal."""
+        if getattr(self, name) not in get_args(choices):
+            raise self.error(f"{name} is {getattr(self, name)!r}; known: {', '.join(get_args(choices))}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -31,6 +31,7 @@ from jaxpaged.kernels.tiles import Device, current_device, splits_for, tiles_for
 
 Backend = Literal["auto", "reference", "triton", "mosaic"]
 _BACKENDS = ("auto", "reference", "triton", "mosaic")
+LARGEST_8_BIT_POOL = 2**31  # bytes of a layer's pages; those of more than twice as many are readable again
 _POOL_DTYPES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")
 
 
@@ -70,7 +71,7 @@ def paged_attention(
         return _forward_only(op, q, pages, page_table, kv_lens, sinks=sinks, scales=scales)
     from jaxpaged.kernels import triton_attention  # Pallas is slow to import, and jax plans to drop its Triton
 
-    shape = _check_for_triton(q, pages, device, interpret)
+    shape = _check_for_triton(q, pages, device)
     sizes = tiles_for("decode", device, **shape, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
     if num_splits is None:
         num_splits = _splits(pages, page_table, device, window, sizes.block_k)
@@ -121,7 +122,7 @@ def ragged_paged_attention(
         raise ValueError("the mosaic backend has decode only (paged_attention); use triton for chunks")
     from jaxpaged.kernels import triton_attention  # as above
 
-    shape = _check_for_triton(q, pages, device, interpret)
+    shape = _check_for_triton(q, pages, device)
     sizes = tiles_for(
         "ragged", device, **shape, block_q=block_q, block_k=block_k, num_warps=num_warps, num_stages=num_stages
     )
@@ -175,22 +176,38 @@ def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array) -> None:
         raise ValueError(f"page_table has {page_table.shape[0]} rows but kv_lens has {kv_lens.shape[0]}")
 
 
-def _check_for_triton(q: Array, pages: Array, device: Device, interpret: bool) -> dict[str, Any]:
-    """What tile sizes go by. Raises ValueError on a pool whose reading the compiler gets wrong, or dies of."""
-    dtype, size = jnp.dtype(pages.dtype), pages.size * pages.dtype.itemsize
+def unreadable(pages: jax.ShapeDtypeStruct, backend: Backend = "auto") -> str | None:
+    """Why the backend would not read such pages on this device, and what to do; None where it would."""
+    device = current_device()
+    return _unreadable(pages, device) if _choose(backend, device, False) == "triton" else None
+
+
+def _unreadable(pages: Array | jax.ShapeDtypeStruct, device: Device) -> str | None:
+    """What the compiler would get wrong, or die of."""
+    dtype = jnp.dtype(pages.dtype)
     if dtype.name not in _POOL_DTYPES:
-        raise ValueError(f"the triton backend reads pools of {', '.join(_POOL_DTYPES)}; this one is {dtype.name}")
-    if dtype.name == "float8_e4m3fn" and device.capability < 8.9 and not interpret:
-        raise ValueError(
+        return f"the triton backend reads pools of {', '.join(_POOL_DTYPES)}; this one is {dtype.name}"
+    if dtype.name == "float8_e4m3fn" and device.platform == "gpu" and device.capability < 8.9:
+        return (
             f"float8_e4m3fn pools need compute capability 8.9; {device.name} has {device.capability}: use int8 instead"
         )
     # Pallas computes 32-bit offsets up to 2**32 bytes, which 1-byte numbers overflow from 2**31 on.
-    if dtype.itemsize == 1 and 2**31 < size <= 2**32:
-        raise ValueError(
-            f"the pool has {size:,} bytes, and {dtype.name} pools between {2**31:,} and {2**32:,} would be read at "
-            "wrong places; take fewer pages or more"
+    if dtype.itemsize == 1 and LARGEST_8_BIT_POOL < pages.size <= 2 * LARGEST_8_BIT_POOL:
+        page = pages.size // pages.shape[0]
+        most, least = LARGEST_8_BIT_POOL // page, 2 * LARGEST_8_BIT_POOL // page + 1
+        return (
+            f"the pool's {pages.shape[0]:,} pages are {pages.size:,} bytes, and {dtype.name} pools between "
+            f"{LARGEST_8_BIT_POOL:,} and {2 * LARGEST_8_BIT_POOL:,} would be read at wrong places; "
+            f"take at most {most:,} pages, or at least {least:,}"
         )
-    return {"group": q.shape[1] // pages.shape[3], "head_dim": q.shape[2], "pool": dtype}
+    return None
+
+
+def _check_for_triton(q: Array, pages: Array, device: Device) -> dict[str, Any]:
+    """What tile sizes go by. Raises ValueError on a pool that cannot be read."""
+    if problem := _unreadable(pages, device):
+        raise ValueError(problem)
+    return {"group": q.shape[1] // pages.shape[3], "head_dim": q.shape[2], "pool": jnp.dtype(pages.dtype)}
 
 
 def _splits(pages: Array, page_table: Array, device: Device, window: int | None, block_k: int) -> int:

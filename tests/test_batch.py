@@ -202,10 +202,10 @@ def test_padding_changes_neither_the_logits_nor_the_pool(plan: Plan) -> None:
     rows = [row for row, _ in batch.rows_of(plan, BUCKET)]
     np.testing.assert_allclose(tight.logits, wide.logits[np.asarray(rows)], atol=1e-5)
     for one, other in zip(tight_cache.pools, wide_cache.pools, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+        np.testing.assert_allclose(one.pages, other.pages, atol=1e-5)
     untouched = sorted(set(range(NUM_PAGES)) - {p for c in (*plan.decodes, *plan.chunks) for p in c.sequence.pages})
     assert 0 in untouched
-    assert all((np.asarray(pool)[untouched] == 0.5).all() for pool in wide_cache.pools)
+    assert all((np.asarray(pool.pages)[untouched] == 0.5).all() for pool in wide_cache.pools)
 
 
 # Sampling

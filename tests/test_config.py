@@ -16,7 +16,8 @@ WRONG = [
     ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
     ({"seed": 1.5}, "seed is 1.5"),
     ({"warmup": "yes"}, "warmup is 'yes'; it must be True or False"),
-    ({"cache_dtype": "int3"}, "cache_dtype is 'int3'; known: auto, float32, bfloat16, float16"),
+    ({"cache_dtype": "int3"}, "cache_dtype is 'int3'; known: auto, float32, bfloat16, float16, int8, fp8"),
+    ({"attention_backend": "cuda"}, "attention_backend is 'cuda'; known: auto, reference, triton, mosaic"),
     ({"compilation_cache_dir": 3}, "compilation_cache_dir is 3; it must be a path"),
     ({"pagesize": 16}, "EngineConfig has no field 'pagesize'; did you mean 'page_size'?"),
 ]

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
-from jaxpaged.model.cache import KVCache
+from jaxpaged.model.cache import cache_shapes
 from jaxpaged.model.params import map_specs
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
 from jaxpaged.model.step import StepInputs, forward
@@ -103,13 +103,13 @@ def test_large_pools_are_addressed_in_64_bits(tmp_path):
     assert wide == {2**16: False, 2**16 + 1: True}
 
 
-def llama_step(num_layers, num_decodes, num_chunk_tokens):
+def llama_step(num_layers, num_decodes, num_chunk_tokens, pool):
     """A step of the real engine's function at Llama 3 8B's shape: the arguments, for the spec."""
     struct, norm = jax.ShapeDtypeStruct, Norm("rms", 1e-5)
     block = Block(Attention(32, 8, 128, 128**-0.5, Rope(5e5, 128)), Mlp(14336, "silu"), norm)
     spec = Decoder(128256, 4096, 8192, (block,) * num_layers, norm, 4096, tied_head=False)
     params = map_specs(lambda _, leaf: struct(leaf.shape, jnp.bfloat16), spec)
-    cache = KVCache(tuple(struct((4096, 16, 2, 8, 128), jnp.bfloat16) for _ in range(num_layers)))
+    cache = cache_shapes(spec, 4096, 16, pool)
     num_chunks = 4 if num_chunk_tokens else 0
     rows, tokens = num_decodes + num_chunks, num_decodes + num_chunk_tokens
     inputs = StepInputs(
@@ -122,23 +122,30 @@ def llama_step(num_layers, num_decodes, num_chunk_tokens):
     return spec, (params, cache, inputs, struct((rows,), INT))
 
 
-def step_program(num_layers, num_decodes, num_chunk_tokens, dump):
-    spec, args = llama_step(num_layers, num_decodes, num_chunk_tokens)
+def step_program(num_layers, num_decodes, num_chunk_tokens, dump, pool="bfloat16"):
+    spec, args = llama_step(num_layers, num_decodes, num_chunk_tokens, pool)
     return aot.compile_for("H200", partial(forward, spec=spec), *args, dump=dump, donate=(1,))
 
 
 @pytest.mark.parametrize(
-    ("num_decodes", "kernels_a_layer"),
-    [(1, 20), (4, 14), (32, 14), (64, 13)],  # of one row XLA makes matrix-vector products, in more pieces
+    ("num_decodes", "pool", "kernels_a_layer"),
+    [
+        (1, "bfloat16", 20),  # of one row XLA makes matrix-vector products, in more pieces
+        (4, "bfloat16", 14),
+        (32, "bfloat16", 14),
+        (64, "bfloat16", 13),
+        (4, "int8", 16),  # 8-bit pools are written in three kernels instead of one
+        (64, "fp8", 15),
+    ],
 )
-def test_a_decode_step_is_one_cuda_graph_of_few_kernels(num_decodes, kernels_a_layer, tmp_path):
-    program = step_program(4, num_decodes, 0, tmp_path)
+def test_a_decode_step_is_one_cuda_graph_of_few_kernels(num_decodes, pool, kernels_a_layer, tmp_path):
+    program = step_program(4, num_decodes, 0, tmp_path, pool)
     once = 12  # the embedding, the ropes, the list of work, the last norm, the head
     assert program.launches["kCommandBuffer"] == 1
     assert set(program.launches) == {"kCommandBuffer", "kCustomKernel"}
     assert program.launches["kCustomKernel"] <= 4 * kernels_a_layer + once
     # The pools are updated in place.
-    assert program.aliased_bytes == 4 * POOL_BYTES
+    assert program.aliased_bytes == 4 * (POOL_BYTES if pool == "bfloat16" else POOL_BYTES // 256 * (128 + 4))
     assert program.temporary_bytes < 32 * 2**20
 
 

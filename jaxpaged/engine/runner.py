@@ -23,11 +23,12 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.engine import batch
 from jaxpaged.engine.batch import Bucket
 from jaxpaged.engine.logit_edits import row_edits
+from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.engine.request import Sequence
 from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.errors import ConfigError
 from jaxpaged.model import sampling
-from jaxpaged.model.cache import KVCache, copy_pages, init_cache, page_bytes, scrub
+from jaxpaged.model.cache import KVCache, copy_pages, init_cache, page_bytes, pool_dtype, scrub
 from jaxpaged.model.params import Params, check_params
 from jaxpaged.model.sampling import Edits, Logprobs, SamplingInputs, StepOutputs
 from jaxpaged.model.spec import Decoder
@@ -73,9 +74,11 @@ class Runner:
         on_cpu = jax.default_backend() == "cpu"
         self.max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
         self.max_num_batched_tokens = max(self.max_num_batched_tokens, config.max_num_seqs)
-        dtype = params["embed"]["w"].dtype if config.cache_dtype == "auto" else jnp.dtype(config.cache_dtype)
+        self.attention_backend = config.attention_backend
+        dtype = params["embed"]["w"].dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
         self.page_bytes = page_bytes(spec, config.page_size, dtype)
-        num_pages = config.num_pages or self._affordable_pages(config)
+        fit = PoolFit(spec, params["embed"]["w"].dtype, dtype, config)
+        num_pages = fit.check(config.num_pages) if config.num_pages else fit.most(self._affordable_pages(config))
         self.max_model_len = _fitting_model_len(spec, config, num_pages)
         self.max_pages = -(-self.max_model_len // config.page_size)
         self.cache = init_cache(spec, num_pages, config.page_size, dtype)
@@ -176,7 +179,7 @@ class Runner:
         return self._compiled[key]
 
     def _forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, ForwardOutputs]]:
-        function = jax.jit(partial(forward, spec=self.spec), donate_argnums=1)
+        function = jax.jit(partial(forward, spec=self.spec, attention_backend=self.attention_backend), donate_argnums=1)
         tokens, rows = bucket.num_tokens, bucket.num_rows
         inputs = StepInputs(
             token_ids=_shape(tokens),

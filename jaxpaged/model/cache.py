@@ -1,19 +1,35 @@
 """The KV cache: one pool of pages per layer, `[P, page_size, 2, K, D]`, keys at index 0 and values at index 1.
 
 Page 0 is the null page: zeros, never handed out, read where a page table has no page. The pools are a tuple so that
-each can be donated and updated in place (a pool stacked over layers would be copied, layer by layer).
+each can be donated and updated in place (a pool stacked over layers would be copied, layer by layer). What moves pages
+about does so leaf by leaf, page ids first, and needs not know what a pool is made of.
+
+A pool of 8-bit numbers has a float32 scale for each token, side and kv head. A token's are made when it is written and
+depend on it alone, so that pages are shared, copied and computed again as those of other pools are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpaged.model.spec import Decoder
+
+_NAMES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}  # vLLM's
+_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+_DTYPES = ("float32", "bfloat16", "float16", *_LARGEST)
+
+
+class Pool(NamedTuple):
+    """One layer's keys and values: pages [P, page_size, 2, K, D], and what 8-bit ones are multiplied by."""
+
+    pages: Any
+    scales: Any = None  # [P, page_size, 2, K] float32
 
 
 @jax.tree_util.register_dataclass
@@ -21,46 +37,86 @@ from jaxpaged.model.spec import Decoder
 class KVCache:
     """Keys and values of all computed tokens, a pool per layer (as in any pytree, JAX may put other leaves there)."""
 
-    pools: tuple[Any, ...]
+    pools: tuple[Pool, ...]
 
     @property
     def num_pages(self) -> int:
         """Pages of each pool, the null page included."""
-        return int(self.pools[0].shape[0])
+        return int(self.pools[0].pages.shape[0])
 
     @property
     def page_size(self) -> int:
         """Tokens a page holds."""
-        return int(self.pools[0].shape[1])
+        return int(self.pools[0].pages.shape[1])
+
+
+def pool_dtype(name: Any) -> jnp.dtype:
+    """The dtype of this name, numpy's or vLLM's; ValueError where pools cannot be of it."""
+    dtype = jnp.dtype(_NAMES.get(name, name) if isinstance(name, str) else name)
+    if dtype.name not in _DTYPES:
+        raise ValueError(f"a pool cannot be of {dtype.name}; known: {', '.join((*_DTYPES, *_NAMES))}")
+    return dtype
 
 
 def init_cache(spec: Decoder, num_pages: int, page_size: int, dtype: jnp.dtype | str) -> KVCache:
     """An empty cache of `num_pages` pages, the null page included, on the default device."""
-    return KVCache(
-        tuple(jnp.zeros((num_pages, page_size, 2, b.mixer.kv_heads, b.mixer.head_dim), dtype) for b in spec.blocks)
-    )
+    shapes = cache_shapes(spec, num_pages, page_size, dtype)
+    return KVCache(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.pools))
+
+
+def cache_shapes(spec: Decoder, num_pages: int, page_size: int, dtype: jnp.dtype | str) -> KVCache:
+    """What `init_cache` would make, in shapes."""
+    number = pool_dtype(dtype)
+
+    def pool(kv_heads: int, head_dim: int) -> Pool:
+        pages = jax.ShapeDtypeStruct((num_pages, page_size, 2, kv_heads, head_dim), number)
+        return Pool(pages, jax.ShapeDtypeStruct(pages.shape[:-1], jnp.float32) if number.itemsize == 1 else None)
+
+    return KVCache(tuple(pool(b.mixer.kv_heads, b.mixer.head_dim) for b in spec.blocks))
 
 
 def page_bytes(spec: Decoder, page_size: int, dtype: jnp.dtype | str) -> int:
-    """Bytes that one page takes over all layers."""
-    numbers = sum(2 * b.mixer.kv_heads * b.mixer.head_dim for b in spec.blocks)
-    return numbers * page_size * jnp.dtype(dtype).itemsize
+    """Bytes that one page takes over all layers, scales included."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache_shapes(spec, 1, page_size, dtype)))
 
 
-def write(pool: Array, k: Float[Array, "T K D"], v: Float[Array, "T K D"], slots: Int[Array, " T"]) -> Array:
+def write(pool: Pool, k: Float[Array, "T K D"], v: Float[Array, "T K D"], slots: Int[Array, " T"]) -> Pool:
     """The pool with token t's key and value at slots[t] = page * page_size + offset; slots past it are dropped."""
-    pages, page_size, *rest = pool.shape
-    kv = jnp.stack([k, v], 1).astype(pool.dtype)
-    return pool.reshape(pages * page_size, *rest).at[slots].set(kv, mode="drop").reshape(pool.shape)
+    kv = jnp.stack([k, v], 1)
+    if pool.scales is None:
+        return Pool(_put(pool.pages, kv.astype(pool.pages.dtype), slots))
+    numbers, scales = _quantise(kv, pool.pages.dtype)
+    return Pool(_put(pool.pages, numbers, slots), _put(pool.scales, scales, slots))
 
 
 def scrub(cache: KVCache, page_ids: Int[Array, " N"]) -> KVCache:
     """The cache with these pages zeroed; ids past the pool are dropped. Needed where a page may hold NaN: a masked
     position has weight 0, and 0 x NaN would reach whoever gets the page next.
     """
-    return KVCache(tuple(pool.at[page_ids].set(jnp.zeros((), pool.dtype), mode="drop") for pool in cache.pools))
+    return KVCache(
+        jax.tree.map(lambda leaf: leaf.at[page_ids].set(jnp.zeros((), leaf.dtype), mode="drop"), cache.pools)
+    )
 
 
 def copy_pages(cache: KVCache, sources: Int[Array, " N"], targets: Int[Array, " N"]) -> KVCache:
     """The cache with page sources[n] copied to page targets[n], all at once; targets past the pool are dropped."""
-    return KVCache(tuple(pool.at[targets].set(pool[sources], mode="drop") for pool in cache.pools))
+    return KVCache(jax.tree.map(lambda leaf: leaf.at[targets].set(leaf[sources], mode="drop"), cache.pools))
+
+
+def _put(slots_of: Array, values: Array, slots: Int[Array, " T"]) -> Array:
+    """values [T, ...] at these slots of pages [P, page_size, ...]."""
+    pages, page_size, *rest = slots_of.shape
+    return slots_of.reshape(pages * page_size, *rest).at[slots].set(values, mode="drop").reshape(slots_of.shape)
+
+
+def _quantise(kv: Float[Array, "T 2 K D"], dtype: Any) -> tuple[Array, Float[Array, "T 2 K"]]:
+    """Numbers of `dtype`, the largest of a head as large as it can be, and what to multiply them by.
+
+    NaN or infinity in a head make its scale NaN: a broken token is read as one.
+    """
+    kv = kv.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(kv), -1)
+    scales = jnp.maximum(largest / _LARGEST[dtype.name], np.finfo(np.float32).tiny)
+    scales = jnp.where(jnp.isfinite(scales), scales, jnp.nan)
+    numbers = kv / scales[..., None]
+    return (jnp.round(numbers) if dtype == jnp.int8 else numbers).astype(dtype), scales

@@ -6,14 +6,14 @@ counts are told by shapes (D = S - E, E = len(cu_q_lens) - 1), so a bucket is no
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
+from jaxpaged.kernels.paged_attention import Backend, paged_attention, ragged_paged_attention
 from jaxpaged.model import cache as kv_cache
-from jaxpaged.model.cache import KVCache
+from jaxpaged.model.cache import KVCache, Pool
 from jaxpaged.model.decoder import hidden_states, logits
 from jaxpaged.model.params import Params
 from jaxpaged.model.spec import Attention, Decoder
@@ -45,40 +45,33 @@ class ForwardOutputs(NamedTuple):
 
 
 def forward(
-    params: Params, cache: KVCache, inputs: StepInputs, sampled: Int[Array, " R_before"], spec: Decoder
+    params: Params,
+    cache: KVCache,
+    inputs: StepInputs,
+    sampled: Int[Array, " R_before"],
+    spec: Decoder,
+    attention_backend: Backend = "auto",
 ) -> tuple[KVCache, ForwardOutputs]:
     """Write the step's keys and values to their pages and compute its logits. Pure; donate `cache`.
 
-    `sampled` are the tokens of the step before, read where `inputs.feedback` says so.
+    `sampled` are the tokens of the step before, read where `inputs.feedback` says so. `spec` and `attention_backend`
+    are static.
     """
     num_decode = inputs.kv_lens.shape[0] - (inputs.cu_q_lens.shape[0] - 1)
     num_tokens = inputs.token_ids.shape[0]
 
-    def attend(pool: Array, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Array]:
+    def attend(pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Pool]:
         pool = kv_cache.write(pool, k, v, inputs.slots)
+        table, lens = inputs.page_table, inputs.kv_lens
+        options: dict[str, Any] = {"scale": a.scale, "window": a.window, "softcap": a.softcap, "sinks": sinks}
+        options |= {"scales": pool.scales, "backend": attention_backend}
         parts = []
         if num_decode > 0:
-            tables, lens = inputs.page_table[:num_decode], inputs.kv_lens[:num_decode]
-            parts.append(
-                paged_attention(
-                    q[:num_decode], pool, tables, lens, scale=a.scale, window=a.window, softcap=a.softcap, sinks=sinks
-                )
-            )
+            decode = q[:num_decode], pool.pages, table[:num_decode], lens[:num_decode]
+            parts.append(paged_attention(*decode, **options))
         if num_decode < num_tokens:
-            tables, lens = inputs.page_table[num_decode:], inputs.kv_lens[num_decode:]
-            parts.append(
-                ragged_paged_attention(
-                    q[num_decode:],
-                    pool,
-                    tables,
-                    inputs.cu_q_lens,
-                    lens,
-                    scale=a.scale,
-                    window=a.window,
-                    softcap=a.softcap,
-                    sinks=sinks,
-                )
-            )
+            chunks = q[num_decode:], pool.pages, table[num_decode:], inputs.cu_q_lens, lens[num_decode:]
+            parts.append(ragged_paged_attention(*chunks, **options))
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0], pool
 
     fed = sampled[jnp.clip(inputs.feedback, 0, sampled.shape[0] - 1)]
