@@ -25,6 +25,7 @@ class EngineConfig(Settings):
     max_num_seqs                  most sequences computed in one step
     max_num_batched_tokens        most tokens computed in one step; None: the runner's choice for the device
     enable_prefix_caching         reuse full pages of equal beginnings
+    host_cache_gb                 GiB of host memory where pages are kept that the pool had to give away; 0: none
     scheduling_policy             fcfs: who came first is served first; priority: who has the lowest priority is
     long_prefill_token_threshold  most tokens of one prompt computed in one step; None: as many as the step may have
     max_num_partial_prefills      most prompts under way that need another step; None: no limit
@@ -45,6 +46,7 @@ class EngineConfig(Settings):
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
+    host_cache_gb: float = 0.0
     scheduling_policy: SchedulingPolicy = "fcfs"
     long_prefill_token_threshold: int | None = None
     max_num_partial_prefills: int | None = None
@@ -59,6 +61,7 @@ class EngineConfig(Settings):
         """Check every field, and the fields that must fit each other."""
         self._check_int("page_size", 1, 1024)
         self._check_float("memory_utilization", 0, 1, above=True)
+        self._check_float("host_cache_gb", 0)
         self._check_int("max_num_seqs", 1)
         self._check_int("seed")
         at_least_one = ("max_model_len", "max_num_batched_tokens", "long_prefill_token_threshold")
@@ -69,6 +72,11 @@ class EngineConfig(Settings):
         self._check_bool("enable_prefix_caching")
         self._check_bool("warmup")
 
+        if self.host_cache_gb and not self.enable_prefix_caching:
+            raise ConfigError(
+                f"host_cache_gb is {self.host_cache_gb:g} but enable_prefix_caching is False, and the host keeps "
+                "prefixes; enable it, or set host_cache_gb to 0"
+            )
         if self.page_size & (self.page_size - 1):
             raise ConfigError(f"page_size is {self.page_size:,}; it must be a power of two, such as 16")
         self._check_choice("cache_dtype", CacheDtype)

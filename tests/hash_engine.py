@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpaged.engine import batch
+from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.page_pool import NULL_PAGE, PagePool
 from jaxpaged.engine.request import Sequence, needs_history, seed_words
 from jaxpaged.engine.scheduler import LONG_ROPE, Chunk, Plan, Scheduler
@@ -53,17 +54,32 @@ def next_token(token_ids: tuple[int, ...], seed: tuple[int, int], version: int, 
 class Device:
     """Runs the model on packed arrays. In a layer all writes come before all reads, as on a real device."""
 
-    def __init__(self, num_pages: int, page_size: int, long_after: int, window: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, long_after: int, window: int, host_pages: int) -> None:
         self.page_size = page_size
         self.long_after = long_after
         self.window = window
         self.version = 0  # of the weights
-        self.pools = np.random.default_rng(0).integers(-(2**60), 2**60, (2, num_pages * page_size))
+        noise = np.random.default_rng(0)
+        self.pools = noise.integers(-(2**60), 2**60, (2, num_pages * page_size))
+        self.host = noise.integers(-(2**60), 2**60, (2, host_pages, page_size))
+
+    @property
+    def pages(self) -> np.ndarray:
+        return self.pools.reshape(2, -1, self.page_size)
 
     def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
-        pages = self.pools.reshape(2, -1, self.page_size)
-        real = targets < pages.shape[1]
-        pages[:, targets[real]] = pages[:, sources[real]]
+        real = targets < self.pages.shape[1]
+        self.pages[:, targets[real]] = self.pages[:, sources[real]]
+
+    def move_out(self, pages: np.ndarray, slots: np.ndarray) -> None:
+        real = slots >= 0
+        assert np.unique(slots[real]).size == real.sum(), "two pages moved out to one slot"
+        self.host[:, slots[real]] = self.pages[:, pages[real]]
+
+    def move_in(self, pages: np.ndarray, slots: np.ndarray) -> None:
+        real = pages < self.pages.shape[1]
+        assert np.unique(pages[real]).size == real.sum(), "two slots moved in to one page"
+        self.pages[:, pages[real]] = self.host[:, slots[real]]
 
     def step(self, inputs: StepInputs, sampling: SamplingInputs, sampled: np.ndarray) -> np.ndarray:
         tokens = np.where(inputs.feedback >= 0, sampled[inputs.feedback], inputs.token_ids)
@@ -116,10 +132,13 @@ class HashEngine:
         caching: bool = True,
         long_after: int = FAR,
         window: int | None = None,
+        host_pages: int = 0,
+        min_host_pages: int = 1,
         **limits: int | None,
     ) -> None:
         self.max_model_len = (num_pages - 1) * page_size
-        self.pool = PagePool(num_pages, page_size, enable_caching=caching)
+        self.host = HostTier(host_pages, min_host_pages)
+        self.pool = PagePool(num_pages, page_size, enable_caching=caching, host=self.host if host_pages else None)
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=max_num_seqs,
@@ -130,11 +149,12 @@ class HashEngine:
             **limits,
         )
         self.buckets = batch.make_buckets(max_num_seqs, budget)
-        self.device = Device(num_pages, page_size, long_after, window or FAR)
+        self.device = Device(num_pages, page_size, long_after, window or FAR, host_pages)
         self.sequences: list[Sequence] = []
         self.in_flight: InFlight | None = None
         self.choices: dict[Sequence, int] = {}  # of sequences whose tokens the host chooses
         self.stale: set[Sequence] = set()  # hold keys of old weights: what they say next is nobody's business
+        self.num_operations = 0
         self._numbers = count()
 
     # What callers do
@@ -150,6 +170,7 @@ class HashEngine:
         chosen_on_host: bool = False,
         **params: object,
     ) -> Sequence:
+        self.num_operations += 1
         is_long = len(prompt) > self.device.long_after
         first = Sequence(
             request_id=str(next(self._numbers)),
@@ -172,6 +193,7 @@ class HashEngine:
 
     def fork(self, parent: Sequence, last_token: int | None = None) -> Sequence:
         """Another sequence that goes on from what is known of this one, its last token perhaps another."""
+        self.num_operations += 1
         child = parent.fork(next(self._numbers), self._seed())
         if last_token is not None:
             child.token_ids[-1] = last_token
@@ -181,10 +203,12 @@ class HashEngine:
         return child
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.num_operations += 1
         self.scheduler.finish(sequence, reason)
         self._advance(sequence.request_id)
 
     def update_weights(self, recompute: bool) -> None:
+        self.num_operations += 1
         self.device.version += 1
         self.pool.reset_prefix_cache()
         if recompute:
@@ -197,6 +221,7 @@ class HashEngine:
         return [s for s in self.sequences if not s.finished]
 
     def step(self) -> Plan:
+        self.num_operations += 1
         running = [(s, s.num_computed_tokens, s.num_preemptions) for s in self.scheduler.running]
         plan = self.scheduler.schedule()
         # One preempted and admitted again just now has nothing from before; it may match what this step writes.
@@ -229,6 +254,10 @@ class HashEngine:
         bucket = batch.choose(plan, self.buckets)
         feedback = {chunk.sequence: row for row, chunk in before.rows if chunk.samples} if before else {}
         size, pages = self.pool.page_size, self.pool.num_pages
+        for moved in batch.pack_moves_out(plan):
+            self.device.move_out(*moved)
+        for moved in batch.pack_moves_in(plan, pages):
+            self.device.move_in(*moved)
         for copied in batch.pack_copies(plan, pages):
             self.device.copy(*copied)
         inputs = batch.pack(plan, bucket, feedback, max_pages=pages - 1, page_size=size, num_pages=pages)
@@ -309,6 +338,9 @@ class HashEngine:
             np.testing.assert_array_equal(sequence.page_table, pages + [0] * (self.pool.num_pages - 1 - len(pages)))
             real = [page for page in pages if page != NULL_PAGE]
             assert len(set(real)) == len(real)
+            assert min(pages, default=0) >= 0, "a page that is still to come from the host"
+        slots = [kept.slot for kept in self.host._kept.values()]
+        assert sorted(slots + self.host._empty) == list(range(self.host.num_slots))
         assert [s.order for s in running] == sorted(s.order for s in running)
         for sequence in self.sequences:
             if sequence not in running:

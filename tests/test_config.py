@@ -11,6 +11,8 @@ WRONG = [
     ({"num_pages": 1}, "num_pages is 1; it must be a whole number of at least 2"),
     ({"memory_utilization": 0}, "memory_utilization is 0; it must be a finite number above 0 and at most 1"),
     ({"memory_utilization": float("nan")}, "memory_utilization is nan"),
+    ({"host_cache_gb": -1}, "host_cache_gb is -1; it must be a finite number of at least 0"),
+    ({"host_cache_gb": 4, "enable_prefix_caching": False}, "host_cache_gb is 4 but enable_prefix_caching is False"),
     ({"max_model_len": 0}, "max_model_len is 0"),
     ({"max_num_seqs": None}, "max_num_seqs is None; it must be a whole number of at least 1"),
     ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),

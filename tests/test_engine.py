@@ -29,7 +29,7 @@ def make(**settings):
 
 @pytest.fixture(scope="module")
 def llm():
-    return make(warmup=True)
+    return make(warmup=True, host_cache_gb=2**-14)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ CUTS = {
     "alone": {"max_num_seqs": 1},
     "chunked": {"max_num_batched_tokens": 7},
     "preempted": {"num_pages": 14, "max_model_len": 48},
+    "preempted, a host tier behind": {"num_pages": 14, "max_model_len": 48, "host_cache_gb": 2**-14},
     "without prefix cache": {"enable_prefix_caching": False},
     "other pages": {"page_size": 16, "num_pages": 32},
 }
@@ -82,8 +83,10 @@ def test_a_seeded_request_gives_the_same_tokens_however_it_is_run(llm, settings)
     params = [SamplingParams(temperature=0.9, top_p=0.95, seed=i, max_tokens=16) for i in range(len(PROMPTS))]
     other = make(**settings)
     assert run(other, PROMPTS, params) == run(llm, PROMPTS, params)
+    stats = other.engine.stats()
     if "num_pages" in settings and settings["num_pages"] == 14:
-        assert other.engine.stats().num_preemptions > 0
+        assert stats.num_preemptions > 0
+    assert (stats.host_pages_moved_in > 0) == ("host_cache_gb" in settings)
     assert other.engine.stats().pages_held == 0
 
 
@@ -211,6 +214,39 @@ def test_a_repeated_prompt_is_read_from_the_cache():
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
     llm.reset_prefix_cache()
     assert llm.generate([PROMPTS[3]], params, use_tqdm=False)[0].num_cached_tokens == 0
+
+
+def test_an_evicted_prompt_comes_back_from_the_host_until_the_cache_is_reset():
+    llm = make(num_pages=25, host_cache_gb=2**-14)
+    stats = llm.engine.stats()
+    assert stats.host_pages_total == 2**16 // stats.page_bytes
+    params = SamplingParams(temperature=0, max_tokens=8)
+    first = llm.generate([PROMPTS[3]], params, use_tqdm=False)[0]
+    cached = []
+    for reset in (False, True):
+        flood = [[token, int(reset)] * 40 for token in (2, 3)]
+        llm.generate(flood, SamplingParams(max_tokens=1), use_tqdm=False)
+        if reset:
+            llm.reset_prefix_cache()
+        again = llm.generate([PROMPTS[3]], params, use_tqdm=False)[0]
+        assert again.outputs[0].token_ids == first.outputs[0].token_ids
+        cached.append((again.num_cached_tokens, llm.engine.stats().host_cache_hits))
+    assert cached == [(28, 28), (0, 28)]
+    stats = llm.engine.stats()
+    assert (stats.host_pages_moved_in, stats.host_pages_held) == (7, 0)
+    assert stats.host_pages_moved_out > 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"host_cache_gb": 1e-8}, r"host_cache_gb is 1e-08, 10 bytes, but a page takes 1,024; raise it"),
+        ({"host_cache_gb": 1e9}, r"host_cache_gb is 1e\+09 but .* GiB of the host's memory are free; lower it"),
+    ],
+)
+def test_a_host_tier_that_does_not_fit_is_refused_with_both_numbers(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**settings)
 
 
 def test_an_aborted_request_says_so_and_leaves_no_page():
@@ -349,8 +385,10 @@ def test_a_mixed_run_compiles_nothing_after_warm_up(llm):
     params = [SamplingParams(max_tokens=int(rng.integers(1, 20)), **kinds[i % len(kinds)]) for i in range(100)]
     with _no_compilation():
         outputs = llm.generate(prompts, params, use_tqdm=False)
-    assert all(o.finished for o in outputs)
+        again = llm.generate(prompts, params, use_tqdm=False)
+    assert all(o.finished for o in outputs + again)
     assert llm.engine.stats().num_compilations == before
+    assert llm.engine.stats().host_pages_moved_in > 0
 
 
 class _no_compilation:
@@ -372,10 +410,11 @@ class _no_compilation:
 def test_no_step_copies_the_pool(llm):
     runner = llm.engine.runner
     pool_bytes = sum(pool.nbytes for pool in jax.tree.leaves(runner.cache))
-    for whole in (runner._scrub(), runner._copy_pages()):
+    for whole in (runner._scrub(), runner._copy_pages(), runner._write_pages()):
         assert whole.memory_analysis().alias_size_in_bytes >= pool_bytes
     copied = 32 * pool_bytes // runner.cache.num_pages
-    assert runner._copy_pages().memory_analysis().temp_size_in_bytes < copied + 2**16
+    for some in (runner._copy_pages(), runner._read_pages(), runner._write_pages()):
+        assert some.memory_analysis().temp_size_in_bytes < copied + 2**16
     for bucket in runner.buckets:
         memory = runner._forward(bucket).memory_analysis()
         assert memory.alias_size_in_bytes >= pool_bytes

@@ -8,7 +8,7 @@ import pytest
 from hash_engine import FAR, VOCAB, HashEngine
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from jaxpaged.engine.scheduler import Chunk, Plan
 
@@ -404,6 +404,8 @@ def test_keys_of_old_weights_are_found_by_nobody(steps: int, recompute: bool) ->
 class EngineMachine(RuleBasedStateMachine):
     """Sequences come, go on, fork, stop and are aborted in pools so small that they fight for pages."""
 
+    num_operations = 0  # of all runs: requests added, steps, forks, ...
+
     @initialize(
         pool=st.sampled_from([(18, 1), (9, 2), (14, 2), (6, 4), (9, 4)]),
         max_num_seqs=st.sampled_from([1, 2, 3, 6]),
@@ -414,6 +416,8 @@ class EngineMachine(RuleBasedStateMachine):
         window=st.sampled_from([None, None, 5, 1]),
         long_prefill_token_threshold=st.sampled_from([None, None, 2]),
         max_num_partial_prefills=st.sampled_from([None, None, 1]),
+        host_pages=st.sampled_from([0, 0, 1, 3, 8, 99]),
+        min_host_pages=st.sampled_from([1, 1, 3]),
     )
     def start(self, pool: tuple[int, int], max_num_seqs: int, max_chunks: int, **limits: int) -> None:
         self.engine = HashEngine(*pool, max_num_seqs, max_chunks=min(max_chunks, max_num_seqs), **limits)
@@ -464,13 +468,21 @@ class EngineMachine(RuleBasedStateMachine):
     def finish(self, data: st.DataObject, reason: str) -> None:
         self.engine.finish(data.draw(st.sampled_from(self.engine.unfinished)), reason)
 
-    @rule(what=st.integers(0, 8))
+    @rule(num_pages=st.sampled_from([1, 3, 99]))
+    def evict(self, num_pages: int) -> None:
+        """Cached pages give way to something else that needs memory for a moment."""
+        pool = self.engine.pool
+        pool.release(pool.allocate(min(num_pages, pool.num_available)))
+
+    @rule(what=st.integers(0, 12))
     def seldom(self, what: int) -> None:
-        """Reset the prefix cache or change the weights: seldom, or there is nothing to reset."""
+        """Reset the prefix cache, change the weights or preempt all: seldom, or there is nothing to reset."""
         if what == 1:
             self.engine.pool.reset_prefix_cache()
         elif what in (2, 3):
             self.engine.update_weights(recompute=what == 2)
+        elif what == 4:
+            self.engine.scheduler.preempt_all()
 
     def teardown(self) -> None:
         if not hasattr(self, "engine") or sys.exc_info()[0] is not None:
@@ -483,13 +495,20 @@ class EngineMachine(RuleBasedStateMachine):
         assert all(s.num_pending_tokens == 0 for s in engine.sequences)
         assert all(s.num_output_tokens == s.max_tokens for s in engine.sequences if s.finish_reason == "length")
         assert engine.scheduler.running == engine.scheduler.waiting == []
+        EngineMachine.num_operations += engine.num_operations
 
 
-def in_any_order(max_examples: int, steps: int) -> type:
-    case = type("TestAnyOrder", (EngineMachine,), {}).TestCase
-    case.settings = settings(max_examples=max_examples, stateful_step_count=steps, deadline=None)
-    return case
+def in_any_order(max_examples: int, steps: int) -> None:
+    fixed = settings(max_examples=max_examples, stateful_step_count=steps, deadline=None)
+    run_state_machine_as_test(EngineMachine, settings=fixed)
 
 
-TestAnyOrder = in_any_order(40, 40)
-TestAnyOrderForLong = pytest.mark.slow(in_any_order(250, 100))
+def test_any_order() -> None:
+    in_any_order(max_examples=40, steps=40)
+
+
+@pytest.mark.slow
+def test_any_order_for_long() -> None:
+    before = EngineMachine.num_operations
+    in_any_order(max_examples=250, steps=100)
+    assert EngineMachine.num_operations - before >= 100_000

@@ -245,13 +245,14 @@ def _windowed(window: int | None) -> Callable[[np.ndarray], jax.Array]:
 @pytest.mark.parametrize("seed", range(8))
 def test_greedy_tokens_are_those_of_a_naive_recompute_whatever_the_schedule(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    page_size = int(rng.choice([1, 4, 8]))
+    page_size, caching, has_host = int(rng.choice([1, 4, 8])), seed % 4 != 3, seed % 2 == 0
     engine = make(
         page_size=page_size,
         num_pages=1 + LENGTH // page_size + int(rng.integers(0, 48 // page_size)),
         max_num_seqs=int(rng.integers(1, 7)),
         max_num_batched_tokens=int(rng.integers(6, 40)),
-        enable_prefix_caching=bool(rng.random() < 0.7),
+        enable_prefix_caching=caching,
+        host_cache_gb=int(rng.choice([3, 12, 64])) * page_size * 256 / 2**30 if has_host else 0,
         long_prefill_token_threshold=int(rng.integers(2, 20)) if rng.random() < 0.5 else None,
         max_num_partial_prefills=1 if rng.random() < 0.3 else None,
         scheduling_policy="priority",

@@ -15,6 +15,7 @@ from jaxpaged.model.step import StepInputs
 
 EDITS_PER_CALL = 4096
 COPIES_PER_CALL = 32  # pages that lie beside the pool for a moment, over all layers
+MOVES_PER_CALL = 8  # pages on their way to or from the host together: one alone takes as long
 _SMALL_CHUNKS = 4  # chunks a step with few chunk tokens may hold
 _CHUNKS = 16
 
@@ -127,12 +128,17 @@ def pack(
 
 def pack_copies(plan: Plan, num_pages: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Source and target pages in pieces of `COPIES_PER_CALL`, the last one padded with targets past the pool."""
-    for begin in range(0, len(plan.copies), COPIES_PER_CALL):
-        piece = plan.copies[begin : begin + COPIES_PER_CALL]
-        sources, targets = _full(COPIES_PER_CALL, 0), _full(COPIES_PER_CALL, num_pages)
-        sources[: len(piece)] = [copy.source for copy in piece]
-        targets[: len(piece)] = [copy.target for copy in piece]
-        yield sources, targets
+    return _in_pieces(plan.copies, COPIES_PER_CALL, (0, num_pages))
+
+
+def pack_moves_out(plan: Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pages and host slots in pieces of `MOVES_PER_CALL`, the last one padded with slots -1."""
+    return _in_pieces(plan.moves_out, MOVES_PER_CALL, (0, -1))
+
+
+def pack_moves_in(plan: Plan, num_pages: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pages and host slots in pieces of `MOVES_PER_CALL`, the last one padded with pages past the pool."""
+    return _in_pieces(plan.moves_in, MOVES_PER_CALL, (num_pages, 0))
 
 
 def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs:
@@ -197,6 +203,16 @@ def pack_allowed(plan: Plan, bucket: Bucket, vocab_size: int) -> np.ndarray | No
         bits[row] = 0
         np.bitwise_or.at(bits[row], ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
     return bits
+
+
+def _in_pieces(
+    pairs: Sequence[tuple[int, int]], size: int, padding: tuple[int, int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The firsts and the seconds of the pairs, `size` at a time."""
+    for begin in range(0, len(pairs), size):
+        piece = pairs[begin : begin + size]
+        firsts, seconds = np.asarray([*piece, *[padding] * (size - len(piece))], np.int32).T
+        yield np.ascontiguousarray(firsts), np.ascontiguousarray(seconds)
 
 
 def _full(shape: int | tuple[int, ...], value: float, dtype: Any = np.int32) -> Any:

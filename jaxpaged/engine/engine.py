@@ -18,6 +18,7 @@ import numpy as np
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.detokenizer import Detokenizer
+from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.intake import Intake, Prompt
 from jaxpaged.engine.page_map import PageInfo, page_map
 from jaxpaged.engine.page_pool import PagePool
@@ -56,6 +57,11 @@ class EngineStats(NamedTuple):
     num_preemptions: int
     prefix_cache_queries: int  # tokens looked up
     prefix_cache_hits: int  # tokens found
+    host_pages_total: int
+    host_pages_held: int  # hold a page that the pool gave away
+    host_pages_moved_out: int  # from the pool to the host
+    host_pages_moved_in: int
+    host_cache_hits: int  # tokens found that were on the host
     prompt_tokens: int
     generation_tokens: int
     num_steps: int
@@ -84,7 +90,13 @@ class Engine:
         self.runner = Runner(spec, params, self.config)
         self.max_model_len = self.runner.max_model_len
         cache = self.runner.cache
-        self.pool = PagePool(cache.num_pages, cache.page_size, enable_caching=self.config.enable_prefix_caching)
+        self._host = HostTier(self.runner.num_host_pages, self.runner.min_host_pages)
+        self.pool = PagePool(
+            cache.num_pages,
+            cache.page_size,
+            enable_caching=self.config.enable_prefix_caching,
+            host=self._host if self._host.num_slots else None,
+        )
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=self.config.max_num_seqs,
@@ -202,7 +214,7 @@ class Engine:
         return outputs
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes; running requests are not touched."""
+        """Forget all cached prefixes, those on the host too; running requests are not touched."""
         self.pool.reset_prefix_cache()
 
     def update_params(self, params: Params, policy: UpdatePolicy = "keep") -> None:
@@ -244,6 +256,11 @@ class Engine:
             num_preemptions=self.scheduler.num_preemptions,
             prefix_cache_queries=self.scheduler.prefix_cache_queries,
             prefix_cache_hits=self.scheduler.prefix_cache_hits,
+            host_pages_total=self._host.num_slots,
+            host_pages_held=self._host.num_held,
+            host_pages_moved_out=self._host.num_moved_out,
+            host_pages_moved_in=self._host.num_moved_in,
+            host_cache_hits=self.scheduler.host_cache_hits,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             num_steps=self._num_steps,

@@ -3,7 +3,7 @@
 Every page but the null page 0 is in one of three states: free, held (reference count above 0), or cached: nobody holds
 it, its content is known by the hash of its tokens and of all tokens before them, and it is given away only when no free
 page is left, the least recently released first. A sequence's pages are released tail first, so that of an old prefix
-the end goes before the beginning that leads to it.
+the end goes before the beginning that leads to it. Where there is a host tier, what is given away is kept there.
 """
 
 from __future__ import annotations
@@ -13,34 +13,31 @@ import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
+from jaxpaged.engine.host_tier import Content, HostTier
 from jaxpaged.errors import PoolError
 
 NULL_PAGE = 0
-
-
-class _Content(NamedTuple):
-    """What a full page holds: its own digest, the digest of all before it, its tokens."""
-
-    digest: bytes
-    parent: bytes
-    token_ids: tuple[int, ...]
+ON_HOST = -1
+"""Stands in a match for a page that is found on the host and has none in the pool yet."""
 
 
 class PagePool:
     """Pages 1 .. num_pages - 1, handed out and taken back."""
 
-    def __init__(self, num_pages: int, page_size: int, *, enable_caching: bool = True) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, *, enable_caching: bool = True, host: HostTier | None = None
+    ) -> None:
         """A pool with every page free. `num_pages` counts the null page."""
         self.num_pages = num_pages
         self.page_size = page_size
         self.enable_caching = enable_caching
+        self.host = host
         self._root = os.urandom(16)  # digests are unpredictable, so that no prompt can be made to collide
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))
         self._references = [0] * num_pages
         self._cached: OrderedDict[int, None] = OrderedDict()
-        self._contents: dict[int, _Content] = {}
+        self._contents: dict[int, Content] = {}
         self._index: dict[bytes, int] = {}
 
     @property
@@ -81,7 +78,9 @@ class PagePool:
                 page = self._free.pop()
             else:
                 page, _ = self._cached.popitem(last=False)
-                self._forget(page)
+                content = self._forget(page)
+                if self.host is not None:
+                    self.host.keep(content, page)
             self._references[page] = 1
             pages.append(page)
         return pages
@@ -120,12 +119,13 @@ class PagePool:
         """Make a full page findable; returns its digest. A page whose content is known already stays unpublished."""
         digest = self.digest(parent, token_ids)
         if self.enable_caching and digest not in self._index and page not in self._contents:
-            self._contents[page] = _Content(digest, parent, tuple(token_ids))
+            self._contents[page] = Content(digest, parent, tuple(token_ids))
             self._index[digest] = page
         return digest
 
     def match(self, token_ids: Sequence[int], salt: bytes = b"") -> tuple[list[int], list[bytes]]:
-        """The pages that hold the longest known prefix, now retained, and their digests.
+        """The pages that hold the longest known prefix, now retained, and their digests; `ON_HOST` for those that
+        `bring` must fetch first.
 
         The last token is never part of it: it must be computed for its logits, and shared pages are never written.
         """
@@ -138,20 +138,39 @@ class PagePool:
         for end in range(size, len(token_ids), size):
             tokens = token_ids[end - size : end]
             digest = self.digest(parent, tokens)
-            page = self._index.get(digest)
-            if page is None or self._contents[page] != _Content(digest, parent, tuple(tokens)):
+            page = self._find(Content(digest, parent, tuple(tokens)))
+            if page is None:
                 break
             pages.append(page)
             digests.append(digest)
             parent = digest
-        self.retain(pages)
+        if self.host is not None and ON_HOST in pages:
+            first = pages.index(ON_HOST)
+            if len(pages) - first < self.host.min_pages:
+                del pages[first:], digests[first:]
+        self.retain(page for page in pages if page != ON_HOST)
         return pages, digests
 
+    def bring(self, digests: Sequence[bytes]) -> list[int]:
+        """Pages for contents that `match` has just found on the host, which plans to move them in; each has one
+        reference and is findable. Raises PoolError where fewer are available.
+        """
+        if self.host is None or not digests:
+            return []
+        self.host.pin(digests)
+        pages = self.allocate(len(digests))
+        for digest, page in zip(digests, pages, strict=True):
+            self._contents[page] = self.host.bring(digest, page)
+            self._index[digest] = page
+        return pages
+
     def unpublish(self, pages: Iterable[int]) -> None:
-        """Nobody shall find these pages again; who holds them keeps them."""
+        """Nobody shall find these pages or what is kept of them again; who holds them keeps them."""
         for page in pages:
             if page in self._contents:
-                self._forget(page)
+                content = self._forget(page)
+                if self.host is not None:
+                    self.host.discard(content.digest)
             if page in self._cached:
                 del self._cached[page]
                 self._free.append(page)
@@ -163,7 +182,17 @@ class PagePool:
         self._contents.clear()
         self._index.clear()
         self._root = os.urandom(16)
+        if self.host is not None:
+            self.host.reset()
 
-    def _forget(self, page: int) -> None:
+    def _find(self, content: Content) -> int | None:
+        """The page that holds this, `ON_HOST` where only the host does, None where nobody does."""
+        page = self._index.get(content.digest)
+        if page is not None:
+            return page if self._contents[page] == content else None
+        return ON_HOST if self.host is not None and self.host.find(content.digest) == content else None
+
+    def _forget(self, page: int) -> Content:
         content = self._contents.pop(page)
         del self._index[content.digest]
+        return content

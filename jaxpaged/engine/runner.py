@@ -22,13 +22,23 @@ from tqdm import tqdm
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import batch
 from jaxpaged.engine.batch import Bucket
+from jaxpaged.engine.host_pages import HostPages, pages_worth_moving
 from jaxpaged.engine.logit_edits import row_edits
 from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.engine.request import Sequence
 from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.errors import ConfigError
 from jaxpaged.model import sampling
-from jaxpaged.model.cache import KVCache, copy_pages, init_cache, page_bytes, pool_dtype, scrub
+from jaxpaged.model.cache import (
+    KVCache,
+    copy_pages,
+    init_cache,
+    page_bytes,
+    pool_dtype,
+    read_pages,
+    scrub,
+    write_pages,
+)
 from jaxpaged.model.params import Params, check_params
 from jaxpaged.model.sampling import Edits, Logprobs, SamplingInputs, StepOutputs
 from jaxpaged.model.spec import Decoder
@@ -82,6 +92,8 @@ class Runner:
         self.max_model_len = _fitting_model_len(spec, config, num_pages)
         self.max_pages = -(-self.max_model_len // config.page_size)
         self.cache = init_cache(spec, num_pages, config.page_size, dtype)
+        self.num_host_pages = self._host_pages(config)
+        self._host = HostPages(self.cache.pools, self.num_host_pages)
         self.buckets = batch.make_buckets(config.max_num_seqs, self.max_num_batched_tokens)
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
         self._max_rows = max(b.num_rows for b in self.buckets)
@@ -93,6 +105,7 @@ class Runner:
         """Compile every function for every bucket, so that no later step compiles."""
         started = time.monotonic()
         jobs: list[Callable[[], object]] = [self._scrub, self._copy_pages]
+        jobs += [self._read_pages, self._write_pages] if self.num_host_pages else []
         for bucket in self.buckets:
             jobs.append(partial(self._forward, bucket))
             jobs += [partial(f, bucket.num_rows) for f in (self._sample, self._edit, self._restrict)]
@@ -117,6 +130,7 @@ class Runner:
             page_size=self.cache.page_size,
             num_pages=self.cache.num_pages,
         )
+        self._move(plan)
         for pages in batch.pack_copies(plan, self.cache.num_pages):
             self.cache = self._copy_pages()(self.cache, *pages)
         sampled = before.outputs.tokens if before else self._nothing_sampled
@@ -128,6 +142,7 @@ class Runner:
     def read(self, step: InFlight) -> InFlight:
         """The step with its results on the host, waited for."""
         outputs, parts = jax.device_get((step.outputs, [p.logprobs for p in step.prompt_parts]))
+        self._host.settle(wait=False)
         return step._replace(
             outputs=outputs,
             prompt_parts=[p._replace(logprobs=lp) for p, lp in zip(step.prompt_parts, parts, strict=True)],
@@ -138,6 +153,20 @@ class Runner:
         ids = np.full(self.max_pages, self.cache.num_pages, np.int32)
         ids[: len(pages)] = pages
         self.cache = self._scrub()(self.cache, ids)
+
+    @property
+    def min_host_pages(self) -> int:
+        """The fewest pages that it is worth to move in from the host."""
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        most = batch.MOVES_PER_CALL
+        return pages_worth_moving(most * self.page_bytes, self.cache.page_size, num_params, jax.default_backend(), most)
+
+    def _move(self, plan: Plan) -> None:
+        """Pages to the host, which the step may write over, then pages from there, which it may read."""
+        for pages, slots in batch.pack_moves_out(plan):
+            self._host.put(slots, self._read_pages()(self.cache, pages))
+        for pages, slots in batch.pack_moves_in(plan, self.cache.num_pages):
+            self.cache = self._write_pages()(self.cache, pages, self._host.get(slots))
 
     def _edited(self, raw: jax.Array, plan: Plan, bucket: Bucket) -> jax.Array:
         """The logits to sample from: `raw` itself unless a sequence wants some changed."""
@@ -234,8 +263,39 @@ class Runner:
         pages = _shape(batch.COPIES_PER_CALL)
         return self._compile(("copy", 0), jax.jit(copy_pages, donate_argnums=0), self.cache, pages, pages)
 
+    def _read_pages(self) -> Callable[..., Any]:
+        """Reads into pinned memory of the host where the device has a way there, so that nobody waits for the copy."""
+
+        def beside(leaf: jax.Array) -> Any:
+            kinds = {memory.kind for d in leaf.devices() for memory in d.addressable_memories()}
+            return leaf.sharding.with_memory_kind("pinned_host") if "pinned_host" in kinds else leaf.sharding
+
+        function = jax.jit(read_pages, out_shardings=jax.tree.map(beside, self.cache.pools))
+        return self._compile(("read_pages", 0), function, self.cache, _shape(batch.MOVES_PER_CALL))
+
+    def _write_pages(self) -> Callable[..., KVCache]:
+        count = batch.MOVES_PER_CALL
+        pages = jax.tree.map(lambda leaf: _shape(count, *leaf.shape[1:], dtype=leaf.dtype), self.cache.pools)
+        function = jax.jit(write_pages, donate_argnums=0)
+        return self._compile(("write_pages", 0), function, self.cache, _shape(count), pages)
+
     def _logits(self, rows: int) -> Any:
         return _shape(rows, self.spec.vocab_size, dtype=np.float32)
+
+    def _host_pages(self, config: EngineConfig) -> int:
+        """Pages that fit the memory of the host's share. Raises ConfigError where none does, or it is not there."""
+        wanted, free = int(config.host_cache_gb * 2**30), _free_host_memory()
+        if wanted > free:
+            raise ConfigError(
+                f"host_cache_gb is {config.host_cache_gb:g} but {free / 2**30:.1f} GiB of the host's memory are free; "
+                "lower it"
+            )
+        if 0 < wanted < self.page_bytes:
+            raise ConfigError(
+                f"host_cache_gb is {config.host_cache_gb:g}, {wanted:,} bytes, but a page takes {self.page_bytes:,}; "
+                "raise it, or set it to 0"
+            )
+        return wanted // self.page_bytes
 
     def _affordable_pages(self, config: EngineConfig) -> int:
         """Pages that fit the device's free memory, and no more than all sequences at full length can use."""

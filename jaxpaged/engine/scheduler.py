@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpaged.engine.page_pool import NULL_PAGE, PagePool
+from jaxpaged.engine.host_tier import Move
+from jaxpaged.engine.page_pool import NULL_PAGE, ON_HOST, PagePool
 from jaxpaged.engine.request import Sequence
 from jaxpaged.outputs import FinishReason
 
@@ -47,19 +48,23 @@ class Fork(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A page to be copied before the step computes anything, after those before it in the plan."""
+    """A page to be copied, after those before it in the plan."""
 
     source: int
     target: int
 
 
 class Plan(NamedTuple):
-    """One step's decision: sequences with one token each, chunks of more, forks of both, and pages to copy first."""
+    """One step's decision: sequences with one token each, chunks of more, forks of both, and what is to be done before
+    anything is computed: pages moved out to the host, then pages moved in from there, then pages copied.
+    """
 
     decodes: list[Chunk]
     chunks: list[Chunk]
     forks: list[Fork] = []  # noqa: RUF012  # nobody changes the defaults: `schedule` gives lists of its own
     copies: list[Copy] = []  # noqa: RUF012
+    moves_out: list[Move] = []  # noqa: RUF012
+    moves_in: list[Move] = []  # noqa: RUF012
 
     @property
     def is_empty(self) -> bool:
@@ -107,6 +112,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens looked up
         self.prefix_cache_hits = 0  # tokens found
+        self.host_cache_hits = 0  # those of them that were on the host
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, its forks with it. That it can fit the pool is the caller's check."""
@@ -131,7 +137,7 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Decide the next step and take the pages it needs; counts its tokens as computed."""
-        plan = Plan([], [], [], [])
+        plan = Plan([], [], [], [], [], [])
         budget = self.max_num_batched_tokens
         preempted = False
         index = 0
@@ -159,6 +165,11 @@ class Scheduler:
         while plan.is_empty and self._is_stalled():
             self._preempt(self.running[-1])
             self._admit(plan, budget)
+        if (
+            self.pool.host is not None and not plan.is_empty
+        ):  # who takes pages computes something: an empty one has none
+            for moves, planned in zip((plan.moves_out, plan.moves_in), self.pool.host.take_moves(), strict=True):
+                moves += planned
         return plan
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
@@ -199,7 +210,11 @@ class Scheduler:
             self._lengthen(sequence)
             self._start(sequence)
             length = self._length(sequence, budget)
-            if not self._may_start(plan, sequence, length) or not self._grow(sequence, length, plan):
+            if not self._may_start(plan, sequence, length):
+                self._release(sequence)
+                return
+            self._bring(sequence)
+            if not self._grow(sequence, length, plan):
                 self._release(sequence)
                 return
             self.waiting.remove(sequence)
@@ -234,17 +249,17 @@ class Scheduler:
         if not self.running:
             return True
         # All its pages must be there, and some for all to grow: to be preempted at once would help nobody.
-        missing = self._pages_for(sequence.num_tokens) - len(sequence.pages)
+        missing = self._pages_for(sequence.num_tokens) - len(sequence.pages) + sequence.pages.count(ON_HOST)
         return missing + self._headroom(sequence) <= self.pool.num_available
 
     def _headroom(self, sequence: Sequence) -> int:
-        """Pages to leave when a sequence is admitted: one for each that runs or forks, and for one preempted before
-        twice as many each time, up to all that they can ever need. So it cannot be preempted for ever.
+        """Pages to leave when a sequence is admitted: one for each that runs or forks, and from its second preemption
+        on twice as many each time, up to all that they can ever need. So it cannot be preempted for ever.
         """
         count = len(self.running) + len(sequence.forks)
         if sequence.num_preemptions == 0:
             return count
-        most = 1 << sequence.num_preemptions
+        most = 1 << (sequence.num_preemptions - 1)
         growing = (self._pages_for(s.prompt_len + s.max_tokens) - len(s.pages) + 1 for s in (*self.running, sequence))
         return sum(min(most, pages) for pages in growing) + len(sequence.forks)
 
@@ -267,6 +282,18 @@ class Scheduler:
         pages, sequence.digests = self.pool.match(sequence.token_ids, sequence.prefix_salt)
         self._extend(sequence, pages)
         sequence.num_computed_tokens = len(pages) * self.pool.page_size
+
+    def _bring(self, sequence: Sequence) -> None:
+        """Pages for what was found on the host, as far as any window reaches."""
+        if ON_HOST not in sequence.pages:
+            return
+        if self.window is not None:
+            self._slide(sequence, self.window)
+        where = [index for index, page in enumerate(sequence.pages) if page == ON_HOST]
+        pages = self.pool.bring([sequence.digests[index] for index in where])
+        for index, page in zip(where, pages, strict=True):
+            sequence.pages[index] = sequence.page_table[index] = page
+        self.host_cache_hits += len(pages) * self.pool.page_size
 
     def _put(self, plan: Plan, sequence: Sequence, length: int) -> None:
         start = sequence.num_computed_tokens
@@ -340,7 +367,7 @@ class Scheduler:
             page = sequence.pages[index]
             if page == NULL_PAGE:
                 return
-            self.pool.release([page])
+            self.pool.release(_real([page]))
             sequence.pages[index] = sequence.page_table[index] = NULL_PAGE
 
     def _extend(self, sequence: Sequence, pages: list[int]) -> None:
@@ -371,5 +398,5 @@ def _is_forked(plan: Plan, sequence: Sequence) -> bool:
 
 
 def _real(pages: list[int]) -> list[int]:
-    """Without those given back already."""
-    return [page for page in pages if page != NULL_PAGE]
+    """Without those given back already and those yet to come from the host."""
+    return [page for page in pages if page not in (NULL_PAGE, ON_HOST)]

@@ -103,6 +103,17 @@ def copy_pages(cache: KVCache, sources: Int[Array, " N"], targets: Int[Array, " 
     return KVCache(jax.tree.map(lambda leaf: leaf.at[targets].set(leaf[sources], mode="drop"), cache.pools))
 
 
+def read_pages(cache: KVCache, page_ids: Int[Array, " N"]) -> tuple[Pool, ...]:
+    """These pages of each pool, as pools of N pages."""
+    pages: tuple[Pool, ...] = jax.tree.map(lambda leaf: leaf[page_ids], cache.pools)
+    return pages
+
+
+def write_pages(cache: KVCache, page_ids: Int[Array, " N"], pages: tuple[Pool, ...]) -> KVCache:
+    """The cache with these pages as `read_pages` gave them; ids past the pool are dropped."""
+    return KVCache(jax.tree.map(lambda leaf, new: leaf.at[page_ids].set(new, mode="drop"), cache.pools, pages))
+
+
 def _put(slots_of: Array, values: Array, slots: Int[Array, " T"]) -> Array:
     """values [T, ...] at these slots of pages [P, page_size, ...]."""
     pages, page_size, *rest = slots_of.shape
