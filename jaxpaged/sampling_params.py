@@ -15,6 +15,11 @@ from jaxpaged.settings import Settings
 MIN_TEMPERATURE = 0.01
 """A smaller temperature that is not 0 is raised to this, as in vLLM: logits divided by less overflow."""
 
+MAX_LOGIT_BIAS = 1e6
+"""Any more decides nothing that this does not, and would end in logits that are not finite."""
+
+_MAX_PENALTY = 1e6  # and its inverse the least: as above
+
 
 @dataclass(frozen=True)
 class SamplingParams(Settings):
@@ -74,7 +79,7 @@ class SamplingParams(Settings):
         self._check_int("n", 1)
         self._check_float("presence_penalty", -2, 2)
         self._check_float("frequency_penalty", -2, 2)
-        self._check_float("repetition_penalty", 0, above=True)
+        self._check_float("repetition_penalty", 1 / _MAX_PENALTY, _MAX_PENALTY)
         self._check_float("temperature", 0)
         self._check_float("top_p", 0, 1, above=True)
         self._check_int("top_k", -1)
@@ -180,7 +185,10 @@ def _biases(given: Any) -> dict[int, float]:
         raise RequestError(f"logit_bias is {given!r}; it must map token ids to numbers")
     biases = {}
     for token, bias in given.items():
-        if isinstance(bias, bool) or not isinstance(bias, Real) or not math.isfinite(bias):
-            raise RequestError(f"logit_bias of token {token!r} is {bias!r}; it must be a finite number")
+        if isinstance(bias, bool) or not isinstance(bias, Real) or not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias of token {token!r} is {bias!r}; it must be a number from {-MAX_LOGIT_BIAS:g} to "
+                f"{MAX_LOGIT_BIAS:g}"
+            )
         biases[_token_id("logit_bias", token)] = float(bias)
     return biases

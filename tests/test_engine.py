@@ -339,6 +339,7 @@ REFUSED = [
     ("text", {}, "came without a tokenizer"),
     ([1], {"stop": "x"}, "need a tokenizer"),
     ([1], {"logit_bias": {64: 1.0}}, "token id 64 is named but this model's are 0 to 63"),
+    ([1], {"min_tokens": 2, "allowed_token_ids": [5], "stop_token_ids": [4, 5]}, "each of the 1 allowed tokens ends"),
     ([1], {"logprobs": 21}, "logprobs is 21; it must be 0 to 20"),
 ]
 

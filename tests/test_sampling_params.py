@@ -43,7 +43,8 @@ WRONG = [
     ({"n": True}, "n is True"),
     ({"presence_penalty": 2.1}, "presence_penalty is 2.1; it must be a finite number from -2 to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty is -3"),
-    ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a finite number above 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a finite number from 1e-06 to 1,000,000.0"),
+    ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40; it must be a finite number from 1e-06"),
     ({"temperature": -0.1}, "temperature is -0.1; it must be a finite number of at least 0"),
     ({"temperature": float("nan")}, "temperature is nan"),
     ({"temperature": float("inf")}, "temperature is inf"),
@@ -71,7 +72,8 @@ WRONG = [
     ({"allowed_token_ids": []}, "allowed_token_ids is empty; name at least 1"),
     ({"allowed_token_ids": ["a"]}, "allowed_token_ids contains 'a'"),
     ({"logit_bias": [1]}, "logit_bias is [1]; it must map token ids to numbers"),
-    ({"logit_bias": {1: float("nan")}}, "logit_bias of token 1 is nan; it must be a finite number"),
+    ({"logit_bias": {1: float("nan")}}, "logit_bias of token 1 is nan; it must be a number from -1e+06"),
+    ({"logit_bias": {1: 1e39}}, "logit_bias of token 1 is 1e+39; it must be a number from -1e+06 to 1e+06"),
     ({"logit_bias": {-4: 1.0}}, "logit_bias contains -4"),
 ]
 

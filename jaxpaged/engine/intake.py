@@ -143,6 +143,12 @@ class Intake:
         named = (*(params.logit_bias or ()), *(params.allowed_token_ids or ()), *(params.stop_token_ids or ()))
         if named and max(named) >= vocab:
             raise RequestError(f"token id {max(named):,} is named but this model's are 0 to {vocab - 1:,}")
+        ends = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else self.eos_token_ids)
+        if params.min_tokens > 0 and params.allowed_token_ids and ends.issuperset(params.allowed_token_ids):
+            raise RequestError(
+                f"min_tokens is {params.min_tokens:,} but each of the {len(params.allowed_token_ids):,} allowed tokens "
+                "ends the answer; allow another, or set min_tokens to 0"
+            )
         if (params.stop_strings or params.bad_words) and self.tokenizer is None:
             raise RequestError("stop strings and bad_words need a tokenizer, and the model came without one")
 
