@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from jaxpaged.errors import RequestError
@@ -185,7 +184,7 @@ def _biases(given: Any) -> dict[int, float]:
         raise RequestError(f"logit_bias is {given!r}; it must map token ids to numbers")
     biases = {}
     for token, bias in given.items():
-        if isinstance(bias, bool) or not isinstance(bias, Real) or not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+        if isinstance(bias, bool) or not hasattr(bias, "__float__") or not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
             raise RequestError(
                 f"logit_bias of token {token!r} is {bias!r}; it must be a number from {-MAX_LOGIT_BIAS:g} to "
                 f"{MAX_LOGIT_BIAS:g}"
