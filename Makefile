@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-aot lint fix types bench wheel table clean
+.PHONY: help demo test test-slow test-aot gpu gpu-wheels lint fix types bench wheel table clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,16 @@ test-slow: $(VENV)/.dev ## the tests that `make test` leaves out
 test-aot: ## compile the kernels for NVIDIA GPUs that are not here, and look at what came out
 	$(MAKE) VENV=.venv-aot .venv-aot/.aot
 	.venv-aot/bin/python -m pytest tests/test_kernels_aot.py
+
+# On the machine's own python3: its JAX and torch are what the GPU came with. GPU_OPTIONS=--small tries it on a CPU.
+GPU_PYTHON ?= python3
+gpu: ## tests, tuning and benchmarks of the kernels on the GPU here, in 8 minutes: make gpu RESULTS=folder
+	@test -n "$(RESULTS)" || { echo "say where the results shall go: make gpu RESULTS=folder"; exit 1; }
+	$(GPU_PYTHON) benchmarks/gpu.py --results "$(RESULTS)" $(GPU_OPTIONS)
+
+WHEELS ?= beartype gguf
+gpu-wheels: | $(BIN)/python ## fetch pure wheels to take along where `make gpu` misses them: WHEELS="beartype gguf"
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest .gpu-wheels $(WHEELS)
 
 lint: $(VENV)/.dev ## ruff, and that generated text is up to date
 	$(BIN)/ruff check .
@@ -49,7 +59,7 @@ table: $(VENV)/.dev ## write the README's table of families anew
 	$(BIN)/python docs/families_table.py --write
 
 clean: ## remove what was built, environments included
-	rm -rf build dist *.egg-info .venv* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .venv* .gpu-wheels .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "jaxpaged needs Python 3.11 or 3.12 with its venv module; found neither. Install one, or run make PYTHON=/path/to/python3.11"; exit 1; }

@@ -1,4 +1,7 @@
-"""transformers on the same work: `generate` one request at a time, and in static padded batches, float32, greedy."""
+"""transformers on the same work: `generate` one request at a time, and in static padded batches, greedy.
+
+On the CPU in float32, on a GPU in the type of the engine's weights.
+"""
 
 from __future__ import annotations
 
@@ -30,28 +33,30 @@ class Result(NamedTuple):
         return sum(len(t) for t in self.token_ids) / self.seconds
 
 
-def load(model: Path | None, dummy: str | None) -> Any:
-    """The model in float32, on every core, warmed up. GGUF is dequantised; a dummy has random weights of its own."""
+def load(model: Path | None, dummy: str | None, dtype_on_gpu: str) -> Any:
+    """The model, warmed up, on the GPU or every core. GGUF is dequantised; a dummy has random weights of its own."""
     torch.set_num_threads(os.cpu_count() or 1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else getattr(torch, dtype_on_gpu)
     if dummy is not None:
         config = transformers.AutoConfig.for_model(**SHAPES[dummy])
-        loaded = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.device(device):  # billions of random numbers take the host minutes
+            loaded = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     elif model is not None and model.suffix == ".gguf":
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            str(model.parent), gguf_file=model.name, dtype=torch.float32
-        )
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(str(model.parent), gguf_file=model.name, dtype=dtype)
     else:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
-    loaded = loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype)
+    loaded = loaded.eval().to(device)
     loaded.generation_config = transformers.GenerationConfig(pad_token_id=0, do_sample=False)
     one_by_one(loaded, [BenchRequest([1, 2, 3, 4], 4)])
     return loaded
 
 
-def setting() -> dict[str, Any]:
+def setting(model: Any) -> dict[str, Any]:
     """The part of a row that says what the baseline ran on."""
+    where = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
-    return {"name": "transformers", "versions": versions, "threads": torch.get_num_threads(), "dtype": "float32"}
+    return {"name": "transformers", "versions": versions, "threads": torch.get_num_threads()} | where
 
 
 def one_by_one(model: Any, requests: Sequence[BenchRequest]) -> Result:
@@ -76,14 +81,15 @@ def static_batches(model: Any, requests: Sequence[BenchRequest], size: int = BAT
 def compare(
     model: Any, requests: Sequence[BenchRequest], ours: Sequence[list[int]], rate: float, limit: int | None
 ) -> dict[str, Any]:
-    """Both ways of running, their rates, and `rate` (ours) over theirs. `limit`: of the one-by-one requests."""
+    """Both ways of running, their rates, and `rate` (ours) over theirs. `limit`: of requests, or of batches of them."""
     chosen = list(range(len(requests)))
     if limit is not None and limit < len(requests):
         chosen = sorted(np.random.default_rng(0).choice(len(requests), limit, replace=False).tolist())
     alone = one_by_one(model, [requests[i] for i in chosen])
-    batched = static_batches(model, requests)
+    together = requests if limit is None else requests[: limit * BATCH_SIZE]
+    batched = static_batches(model, together)
     return {
-        **setting(),
+        **setting(model),
         "one_by_one": {
             "requests": len(chosen),
             "output_tokens_per_s": round(alone.output_tokens_per_s, 2),
@@ -91,7 +97,7 @@ def compare(
             "requests_with_equal_tokens": num_equal(alone.token_ids, [ours[i] for i in chosen]),
         },
         f"static_batches_of_{BATCH_SIZE}": {
-            "requests": len(requests),
+            "requests": len(together),
             "output_tokens_per_s": round(batched.output_tokens_per_s, 2),
             "ratio": round(rate / batched.output_tokens_per_s, 2),
         },

@@ -38,9 +38,9 @@ def main() -> None:
     if args.baseline == "hf":
         import baseline
 
-        model = baseline.load(None if args.dummy else measure.model_path(args), args.dummy)
+        model = baseline.load(None if args.dummy else measure.model_path(args), args.dummy, row["dtype"])
         result = baseline.static_batches(model, work.requests, args.batch_size)
-        row["baseline"] = baseline.setting() | {
+        row["baseline"] = baseline.setting(model) | {
             "output_tokens_per_s": round(result.output_tokens_per_s, 2),
             "ratio": round(row["output_tokens_per_s"] / result.output_tokens_per_s, 2),
             "requests_with_equal_tokens": baseline.num_equal(result.token_ids, timing.token_ids),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import resource
-import subprocess
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from checkout import commit
 from shapes import SHAPES
 from workloads import BenchRequest
 
@@ -59,6 +60,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def build(args: Namespace) -> LLM:
     """The engine that the options describe, warmed up."""
+    if args.baseline:  # which comes after, in this process: JAX would keep what it takes of a GPU's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
     options = {name: getattr(args, name) for name in ENGINE_OPTIONS if getattr(args, name) is not None}
     options["enable_prefix_caching"] = args.enable_prefix_caching
     if not args.dummy:
@@ -127,13 +130,19 @@ def host() -> dict[str, Any]:
     devices = jax.devices()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "device": _processor() if devices[0].platform == "cpu" else devices[0].device_kind,
         "num_devices": len(devices),
         "load_average_before": round(LOAD_AVERAGE, 2),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("jaxpaged", "jax", "jaxlib")},
+        "versions": {"python": platform.python_version()} | dict(_versions("jaxpaged", "jax", "jaxlib")),
     }
+
+
+def _versions(*names: str) -> Iterator[tuple[str, str]]:
+    """Of those installed: run from the checkout, we need not be."""
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
 
 def results(timing: Timing, requests: Sequence[BenchRequest]) -> dict[str, Any]:
@@ -170,16 +179,6 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     if not seconds:
         return {}
     return {f"p{p}": round(float(np.percentile(seconds, p)) * 1e3, 2) for p in (50, 99)}
-
-
-def _commit() -> str:
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
-
-    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
-    return commit + "+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
 
 
 def _processor() -> str:

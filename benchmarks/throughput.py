@@ -17,7 +17,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     measure.add_arguments(parser)
     workloads.add_arguments(parser)
-    parser.add_argument("--baseline-requests", type=int, help="give only so many random requests to the one-by-one run")
+    parser.add_argument("--baseline-requests", type=int, help="compare on so many requests, and batches")
     args = parser.parse_args()
 
     start = time.perf_counter()
@@ -40,7 +40,7 @@ def main() -> None:
     if args.baseline == "hf":
         import baseline
 
-        model = baseline.load(None if args.dummy else measure.model_path(args), args.dummy)
+        model = baseline.load(None if args.dummy else measure.model_path(args), args.dummy, row["dtype"])
         rate = row["output_tokens_per_s"]
         row["baseline"] = baseline.compare(model, work.requests, timing.token_ids, rate, args.baseline_requests)
     measure.write(row, args.output)
