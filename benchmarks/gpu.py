@@ -234,9 +234,9 @@ def _missing(environment: dict[str, str]) -> dict[str, str]:
 def _machine(environment: dict[str, str]) -> dict[str, Any]:
     """Devices, driver and versions, asked of a process that ends: this one must hold no GPU memory."""
     program = (
-        "import jax, json; from jaxpaged.kernels.tiles import TUNED, file_name; d = jax.devices(); "
+        "import jax, json; from jaxpaged.kernels.tiles import file_name; d = jax.devices(); "
         "print(json.dumps({'platform': d[0].platform, 'device': d[0].device_kind, 'num_devices': len(d), "
-        "'tuned': str(TUNED / file_name(d[0].device_kind)) + '.json'}))"
+        "'tuned': f'kernels/tuned/{file_name(d[0].device_kind)}.json'}))"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     if done.returncode:
