@@ -12,8 +12,8 @@ from typing import Any
 
 import measure
 import numpy as np
-from simulation import Simulation
 
+from jaxpaged.bench.simulation import Simulation
 from jaxpaged.engine.scheduler import Plan
 
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SIGMA = 0.7
-"""Spread of the lognormal lengths: real conversations have 0.5 to 1.0 (Azure's LLM inference traces of 2023)."""
+from jaxpaged.bench.lengths import SIGMA
 
 
 class BenchRequest(NamedTuple):

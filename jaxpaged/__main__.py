@@ -1,4 +1,4 @@
-"""`jaxpaged COMMAND`: generate, chat, convert. Every failure is one line `error: ...` and exit status 2."""
+"""`jaxpaged COMMAND`: generate, chat, convert, bench. Every failure is one line `error: ...` and exit status 2."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": Command("jaxpaged.cli.generate", "complete prompts"),
     "chat": Command("jaxpaged.cli.chat", "talk with a model in the terminal"),
     "convert": Command("jaxpaged.convert.__main__", "convert a checkpoint to the native format, or back"),
+    "bench": Command("jaxpaged.cli.bench", "measure where KV memory goes, and draw it"),
 }
 
 

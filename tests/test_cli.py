@@ -124,6 +124,8 @@ REFUSED = [
     (["generate", "/no/such/model", "x"], "/no/such/model does not exist"),
     (["generate", "MODEL", "a" * 600, *SMALL], "the prompt has 600 tokens but max_model_len is 512"),
     (["chat", "/no/such/model"], "/no/such/model does not exist"),
+    (["bench", "speed"], "invalid choice: 'speed'"),
+    (["bench", "memory", "--num-requests", "0"], "--num-requests is 0 and --page-size 16; both must be at least 1"),
     (["convert", "/no/such/model", "/no/such/folder"], "/no/such/model does not exist"),
 ]
 
@@ -238,6 +240,31 @@ def test_message_that_does_not_fit_is_refused_and_forgotten(llm, capsys):
     assert chat.take("a" * 600)
     assert "tokens but max_model_len is 512" in capsys.readouterr().err
     assert chat.messages == [{"role": "system", "content": "brief"}]
+
+
+# bench
+
+
+def test_bench_memory_says_and_draws_where_memory_goes(jaxpaged, tmp_path):
+    from matplotlib import image
+
+    status, out, err = jaxpaged(
+        "bench", "memory", "--workload", "alpaca", "--num-requests", 12, "--output-dir", tmp_path
+    )
+    assert (status, err) == (0, "")
+    table = {line[:36].strip(): line[36:].split() for line in out.splitlines() if "%" in line and "n =" not in line}
+    wasted = {name: float(columns[1].rstrip("%")) for name, columns in table.items()}
+    assert len(wasted) == 4
+    assert wasted["pages of 16 tokens"] < min(w for name, w in wasted.items() if name.startswith("contiguous"))
+    drawn = {path.stem: image.imread(path) for path in tmp_path.iterdir()}
+    assert drawn.keys() == {"waste", "sharing", "page-map"}
+    assert all(picture[..., :3].std() > 0.05 for picture in drawn.values())
+
+
+def test_bench_without_matplotlib_says_what_to_install(jaxpaged, monkeypatch):
+    monkeypatch.setattr("jaxpaged.cli.bench.find_spec", lambda name: None)
+    status, _, err = jaxpaged("bench", "memory")
+    assert (status, err) == (2, "error: matplotlib is not installed; pip install 'jaxpaged[plot]'\n")
 
 
 # Help

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import memory
 import numpy as np
 import pytest
-from simulation import Simulation
 
+from jaxpaged.bench import memory
+from jaxpaged.bench.lengths import MEANS, draw
+from jaxpaged.bench.simulation import Simulation
 from jaxpaged.engine.scheduler import Plan
 
 
@@ -34,17 +35,18 @@ def test_with_four_times_more_wanted_than_there_is_nobody_is_preempted_more_than
 
 
 def test_pages_waste_little_and_hold_more_requests_than_contiguous_reservations() -> None:
-    requests = memory.draw(memory.MEANS["sharegpt"], 150, 0.7, seed=0)
-    paged = memory.pages(requests, 16)
+    requests = draw(MEANS["sharegpt"], 150, 0.7, 0, memory.MAX_LEN)
+    paged = memory.shares(memory.paged(requests, 16))
     assert paged["wasted_of_held"] < 0.04
-    oracle = memory.reserved(requests, lambda r: r.prompt + r.output, memory.Packed())
+    assert paged["useful_of_held"] > 0.96
+    oracle = memory.shares(memory.reserved(requests, memory.RULES["oracle"], memory.Packed()))
     assert paged["in_flight"] > 1.3 * oracle["in_flight"]
     assert oracle["wasted_of_held"] > 0.3
 
 
 @pytest.mark.parametrize("kind", memory.KINDS)
 def test_sharing_saves_more_the_more_share(kind: str) -> None:
-    requests = memory.draw((40, 20), 8, 0.3, seed=0)
+    requests = draw((40, 20), 8, 0.3, 0, memory.MAX_LEN)
     two, four = (memory.saved(requests, n, kind) for n in (2, 4))
     assert 0.1 < two < four < 0.75
 
