@@ -14,6 +14,7 @@ import numpy as np
 from jaxpaged import BeamSearchParams, RequestMetrics, SamplingParams
 from jaxpaged.engine import batch
 from jaxpaged.engine.beam_search import BeamSearch
+from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.request import Request
 from jaxpaged.engine.request import Sequence as TokenSequence
@@ -50,10 +51,11 @@ class Simulation:
         max_num_seqs: int = 1024,
         max_num_batched_tokens: int = 8192,
         max_model_len: int = 2048,
+        host_pages: int = 0,
         seed: int = 0,
     ) -> None:
-        """A pool of `num_pages`, the null page included, and a scheduler in front of it."""
-        self.pool = PagePool(num_pages, page_size)
+        """A pool of `num_pages`, the null page included, a scheduler before it and `host_pages` behind it."""
+        self.pool = PagePool(num_pages, page_size, host=HostTier(host_pages) if host_pages else None)
         self.max_pages = -(-max_model_len // page_size)
         self.scheduler = Scheduler(
             self.pool,
@@ -119,6 +121,8 @@ class Simulation:
         size, pages = self.pool.page_size, self.pool.num_pages
         batch.pack(plan, bucket, feedback, max_pages=self.max_pages, page_size=size, num_pages=pages)
         batch.pack_sampling(plan, bucket, VOCAB)
+        for moves in (batch.pack_moves_out(plan), batch.pack_moves_in(plan, pages), batch.pack_copies(plan, pages)):
+            list(moves)
         packed = time.perf_counter()
         self.update(before)
         return StepTimes(planned - start, packed - planned, time.perf_counter() - packed), plan

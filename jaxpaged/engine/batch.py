@@ -94,18 +94,16 @@ def pack(
     logit_rows = _full(bucket.num_rows, 0)
     logit_rows[:decodes] = np.arange(decodes)
 
-    for row, (sequence, start, _, _) in enumerate(plan.decodes):
-        page_table[row] = sequence.page_table
-        kv_lens[row] = start + 1
-        positions[row] = start
-        rope_lens[row] = max(sequence.rope_len, start + 1)
-        if start < len(sequence.token_ids):
-            token_ids[row] = sequence.token_ids[start]
-        else:
-            source[row] = feedback[sequence]
     count = len(plan.decodes)
-    where = positions[:count]
-    slots[:count] = page_table[np.arange(count), where // page_size] * page_size + where % page_size
+    if count:  # column by column: numpy is slow at single numbers
+        known = [(c.sequence, c.start, c.start < len(c.sequence.token_ids)) for c in plan.decodes]
+        token_ids[:count] = [s.token_ids[start] if is_known else 0 for s, start, is_known in known]
+        source[:count] = [-1 if is_known else feedback[s] for s, _, is_known in known]
+        positions[:count] = where = np.asarray([start for _, start, _ in known], np.int32)
+        kv_lens[:count] = where + 1
+        rope_lens[:count] = np.maximum([s.rope_len for s, _, _ in known], where + 1)
+        np.concatenate([s.page_table for s, _, _ in known], out=page_table[:count].reshape(-1))
+        slots[:count] = page_table[np.arange(count), where // page_size] * page_size + where % page_size
 
     at = decodes
     for index, (sequence, start, length, _) in enumerate(plan.chunks):
@@ -153,7 +151,7 @@ def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs
     positions = _full(rows, 0)
     want_logprobs = _full((), False, np.bool_)
     score_temperature = _full(rows, 1, np.float32)
-    drawn, where = [], []  # what is not greedy, written at once: numpy is slow at single numbers
+    drawn, where, follows = [], [], []  # what is not greedy, written at once: numpy is slow at single numbers
     for row, (sequence, start, length, samples) in rows_of(plan, bucket):
         if not samples:
             continue
@@ -161,15 +159,16 @@ def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs
         if params.logprobs is not None:
             want_logprobs |= True
             score_temperature[row] = sequence.score_temperature
-        if params.temperature > 0:
-            drawn.append((params.temperature, params.top_k, params.top_p, params.min_p))
-            where.append((row, start + length, *sequence.seed))
+        if sequence.draw is not None:
+            drawn.append(sequence.draw)
+            where.append(row)
+            follows.append(start + length)
     if drawn:
-        rows_drawn, positions_drawn, *words = np.array(where, np.int64).T
-        temperature[rows_drawn], limits, top_p[rows_drawn], min_p[rows_drawn] = np.array(drawn).T
-        top_k[rows_drawn] = np.where(limits > 0, np.minimum(limits, vocab_size), vocab_size)
-        positions[rows_drawn] = positions_drawn
-        seeds[rows_drawn] = np.stack(words, 1)
+        at, table = np.asarray(where), np.concatenate(drawn).reshape(len(drawn), -1)
+        temperature[at], limits, top_p[at], min_p[at] = table[:, :4].T
+        top_k[at] = np.where(limits > 0, np.minimum(limits, vocab_size), vocab_size)
+        positions[at] = follows
+        seeds[at] = table[:, 4:]
     return SamplingInputs(temperature, top_k, top_p, min_p, seeds, positions, want_logprobs, score_temperature)
 
 

@@ -68,6 +68,10 @@ class PagePool:
         """Whether the prefix cache knows the page's content."""
         return page in self._contents
 
+    def is_writable(self, page: int) -> bool:
+        """Whether one sequence alone holds the page and nobody can find it."""
+        return self._references[page] == 1 and page not in self._contents
+
     def allocate(self, count: int) -> list[int]:
         """`count` pages with undefined content, each with one reference. Raises PoolError where there are fewer."""
         if count > self.num_available:

@@ -56,12 +56,16 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)  # of each generated token
 
+    draw: np.ndarray | None = field(init=False, default=None)  # temperature, top_k, top_p, min_p, seed; None: greedy
     _needs_history: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         """See `rope_len`; and remember what every step asks."""
         self.rope_len = self.rope_len or self.prompt_len
-        self._needs_history = needs_history(self.params)
+        params = self.params
+        self._needs_history = needs_history(params)
+        if not params.greedy:
+            self.draw = np.array([params.temperature, params.top_k, params.top_p, params.min_p, *self.seed])
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -102,7 +106,7 @@ class Sequence:
         """
         if self.num_pending_tokens == 0:
             return False
-        is_full = self.num_tokens - self.prompt_len >= self.max_tokens
+        is_full = len(self.token_ids) + self.num_pending_tokens - self.prompt_len >= self.max_tokens
         return is_full or self._needs_history or self.chosen_on_host or self.outgrows_ropes
 
     @property
@@ -131,7 +135,7 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What a caller asked: a prompt, parameters, and one sequence for each of `params.n` completions."""
+    """What a caller asked: a prompt, parameters, and one sequence for each completion."""
 
     request_id: str
     prompt: str | None

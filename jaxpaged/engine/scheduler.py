@@ -143,7 +143,8 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
-            self._lengthen(sequence)
+            if sequence.long_after is not None:
+                self._lengthen(sequence)
             length = self._length(sequence, budget)
             crowded = length > 1 and len(plan.chunks) == self.max_num_chunks
             forked = plan.forks and _is_forked(plan, sequence)
@@ -297,12 +298,13 @@ class Scheduler:
 
     def _put(self, plan: Plan, sequence: Sequence, length: int) -> None:
         start = sequence.num_computed_tokens
-        samples = start + length == sequence.num_tokens
+        sequence.num_computed_tokens = end = start + length
+        samples = end == sequence.num_tokens
         chunk = Chunk(sequence, start, length, samples)
         (plan.chunks if length > 1 else plan.decodes).append(chunk)
-        sequence.num_computed_tokens += length
         sequence.num_pending_tokens += samples
-        self._publish(sequence)
+        if end >= (len(sequence.digests) + 1) * self.pool.page_size:
+            self._publish(sequence)
         if samples and sequence.forks:
             self._start_forks(plan, chunk)
 
@@ -345,6 +347,8 @@ class Scheduler:
             self._slide(sequence, self.window)
         start = sequence.num_computed_tokens
         index, offset = divmod(start, self.pool.page_size)
+        if length == 1 and offset > 0 and self.pool.is_writable(sequence.pages[index]):
+            return True  # most steps of most sequences
         is_shared = offset > 0 and self.pool.references(sequence.pages[index]) > 1
         missing = self._pages_for(start + length) - len(sequence.pages)
         if (missing or is_shared) and missing + is_shared > self.pool.num_available:
