@@ -46,6 +46,8 @@ class SamplingParams(Settings):
     include_stop_str_in_output  leave the stop string in the text
     logit_bias                  token id -> added to its logit
     allowed_token_ids           only these may be sampled
+    best_of                     completions made, of which the n of the highest cumulative log probability are given in
+                                the end, best first; None: n
     """
 
     error: ClassVar[type[RequestError]] = RequestError
@@ -72,6 +74,7 @@ class SamplingParams(Settings):
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
+    best_of: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field and store it in its one form: sequences as tuples, numbers as int or float."""
@@ -84,12 +87,14 @@ class SamplingParams(Settings):
         self._check_int("top_k", -1)
         self._check_float("min_p", 0, 1)
         self._check_int("min_tokens", 0)
-        for name, low in (("seed", None), ("max_tokens", 1), ("logprobs", 0), ("prompt_logprobs", 0)):
+        for name, low in (("seed", None), ("best_of", 1), ("max_tokens", 1), ("logprobs", 0), ("prompt_logprobs", 0)):
             if getattr(self, name) is not None:
                 self._check_int(name, low)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             self._check_bool(name)
 
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(f"best_of is {self.best_of:,} but n is {self.n:,}; raise it to n, or lower n")
         if 0 < self.temperature < MIN_TEMPERATURE:
             self._set("temperature", MIN_TEMPERATURE)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -113,6 +118,16 @@ class SamplingParams(Settings):
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as stored: a tuple, empty where none was given."""
         return tuple(self.stop or ())
+
+    @property
+    def num_completions(self) -> int:
+        """Sequences made of a request, of which `n` are given."""
+        return self.best_of or self.n
+
+    @property
+    def ranks(self) -> bool:
+        """True where some completions are left out in the end."""
+        return self.num_completions > self.n
 
     @property
     def greedy(self) -> bool:

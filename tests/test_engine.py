@@ -109,6 +109,22 @@ def test_completions_that_share_their_prompts_pages_are_those_computed_alone(llm
     assert [c.cumulative_logprob for c in shared] == pytest.approx([c.cumulative_logprob for c in single], abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["cumulative", "delta", "final"])
+def test_the_likeliest_of_more_completions_are_given_once_all_have_ended(llm, kind):
+    given = {"temperature": 1.0, "seed": 7, "max_tokens": 10, "stop_token_ids": [3, 9, 20]}
+    (every,) = llm.generate([PROMPTS[3]], SamplingParams(n=5, logprobs=0, **given), use_tqdm=False)
+    likeliest = sorted(every.outputs, key=lambda c: -c.cumulative_logprob)[:2]
+    llm.engine.add_request("best", PROMPTS[3], SamplingParams(n=2, best_of=5, **given), output_kind=kind)
+    outputs = []
+    while llm.engine.has_unfinished:
+        outputs += llm.engine.step()
+    (best,) = outputs
+    assert [c.token_ids for c in best.outputs] == [c.token_ids for c in likeliest]
+    assert [(c.index, c.logprobs) for c in best.outputs] == [(0, None), (1, None)]
+    assert [c.cumulative_logprob for c in best.outputs] == pytest.approx([c.cumulative_logprob for c in likeliest])
+    assert llm.engine.stats().pages_held == 0
+
+
 def test_requests_without_a_seed_differ_from_each_other(llm):
     a, b = run(llm, [PROMPTS[0]] * 2, SamplingParams(temperature=1.0, max_tokens=20))
     assert a != b

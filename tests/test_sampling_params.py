@@ -34,6 +34,7 @@ def test_defaults_are_vllms():
         "include_stop_str_in_output": False,
         "logit_bias": None,
         "allowed_token_ids": None,
+        "best_of": None,  # of vLLM until 0.6
     }
 
 
@@ -41,6 +42,8 @@ WRONG = [
     ({"n": 0}, "n is 0; it must be a whole number of at least 1"),
     ({"n": 1.5}, "n is 1.5; it must be a whole number of at least 1"),
     ({"n": True}, "n is True"),
+    ({"n": 3, "best_of": 2}, "best_of is 2 but n is 3; raise it to n, or lower n"),
+    ({"best_of": 0}, "best_of is 0; it must be a whole number of at least 1"),
     ({"presence_penalty": 2.1}, "presence_penalty is 2.1; it must be a finite number from -2 to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty is -3"),
     ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a finite number from 1e-06 to 1,000,000.0"),

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     parser.add_argument("--system", help="instructions that stand before the conversation")
     parser.add_argument("--stats", action="store_true", help="show tokens and tokens/s after each answer")
-    add_sampling_arguments(parser, leave_out=("n", "logprobs", "prompt_logprobs"))
+    add_sampling_arguments(parser, leave_out=("n", "best_of", "logprobs", "prompt_logprobs"))
 
 
 def run(args: argparse.Namespace) -> int:

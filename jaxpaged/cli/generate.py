@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> int:
 
     from jaxpaged import LLM  # only here: `--help` needs no jax
 
-    room = min(EngineConfig.max_num_seqs, len(prompts) * params.n)  # few prompts need few compiled steps
+    room = min(EngineConfig.max_num_seqs, len(prompts) * params.num_completions)  # few prompts need few compiled steps
     llm = LLM(args.model, **({"max_num_seqs": room} | engine_options(args)))
     if args.chat:
         prompts = [llm.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
 
-    if len(prompts) == 1 and params.n == 1 and not args.json:
+    if len(prompts) == 1 and params.num_completions == 1 and not args.json:
         for delta in llm.stream(prompts[0], params):
             print(delta.outputs[0].text, end="", flush=True)
         print()

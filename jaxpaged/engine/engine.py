@@ -149,7 +149,7 @@ class Engine:
             request_id, prompt, params, prompt_text=prompt_text, priority=priority, cache_salt=cache_salt
         )
         detokenizers = [Detokenizer(self.tokenizer, params, request.prompt_token_ids) for _ in request.sequences]
-        self._add(Tracked(request, output_kind, detokenizers, [0] * params.n))
+        self._add(Tracked(request, output_kind, detokenizers, [0] * params.num_completions))
 
     def add_beam_search(
         self,
@@ -368,7 +368,8 @@ class Engine:
         self.scheduler.add(request.sequences[0])
 
     def _is_due(self, tracked: Tracked) -> bool:
-        return tracked.output_kind != "final" or tracked.request.finished
+        """Of completions that are to be ranked nothing is said before the end."""
+        return tracked.request.finished or (tracked.output_kind != "final" and not tracked.request.params.ranks)
 
     def _report(self, tracked: Tracked, now: float) -> RequestOutput:
         """The request as its caller wants to see it; forgets it when it has finished."""

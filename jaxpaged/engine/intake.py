@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class Intake:
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Request:
-        """A request with `params.n` sequences, the first of which is to be computed, the others forked from it."""
+        """A request of as many sequences as completions: the first is to be computed, the others forked from it."""
         if priority != 0 and self.config.scheduling_policy != "priority":
             raise RequestError(
                 f"priority is {priority} but scheduling_policy is {self.config.scheduling_policy!r}; "
@@ -64,7 +65,7 @@ class Intake:
         first = Sequence(
             request_id=request_id,
             index=0,
-            params=params,
+            params=replace(params, logprobs=0) if params.ranks and params.logprobs is None else params,
             prompt_len=len(token_ids),
             token_ids=list(token_ids),
             max_tokens=min(params.max_tokens or self.max_model_len, self.max_model_len - len(token_ids)),
@@ -76,7 +77,7 @@ class Intake:
             cache_salt=(cache_salt or "").encode(),
             priority=priority,
         )
-        first.forks = [first.fork(index, seed_words(seed, index)) for index in range(1, params.n)]
+        first.forks = [first.fork(index, seed_words(seed, index)) for index in range(1, params.num_completions)]
         text = prompt if isinstance(prompt, str) else prompt_text
         metrics = RequestMetrics(time.monotonic())
         request = Request(request_id, text, token_ids, params, metrics, [first, *first.forks], seed)

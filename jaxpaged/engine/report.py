@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.detokenizer import Detokenizer
-from jaxpaged.engine.request import Request
+from jaxpaged.engine.request import Request, Sequence
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.model.sampling import Logprobs
 from jaxpaged.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
@@ -61,17 +62,22 @@ def token_logprobs(logprobs: Logprobs, row: int, token: int, wanted: int, tokeni
 
 
 def _completions(tracked: Tracked) -> list[CompletionOutput]:
-    delta = tracked.output_kind == "delta"
+    delta, params = tracked.output_kind == "delta", tracked.request.params
+    sequences = tracked.request.sequences
+    chosen: Iterable[int] = range(len(sequences))
+    if params.ranks:
+        chosen = sorted(chosen, key=lambda index: _rank(sequences[index]))[: params.n]
     completions = []
-    for index, (sequence, detokenizer) in enumerate(zip(tracked.request.sequences, tracked.detokenizers, strict=True)):
+    for place, index in enumerate(chosen):
+        sequence, detokenizer = sequences[index], tracked.detokenizers[index]
         first = sequence.prompt_len + (tracked.num_reported[index] if delta else 0)
-        wanted = sequence.params.logprobs is not None
+        wanted = params.logprobs is not None
         completions.append(
             CompletionOutput(
-                index=index,
+                index=place,
                 text=detokenizer.delta() if delta else detokenizer.text,
                 token_ids=sequence.token_ids[first:],
-                cumulative_logprob=sequence.cumulative_logprob if wanted else None,
+                cumulative_logprob=sequence.cumulative_logprob if wanted or params.ranks else None,
                 logprobs=sequence.logprobs[first - sequence.prompt_len :] if wanted else None,
                 weight_versions=sequence.weight_versions[first - sequence.prompt_len :],
                 finish_reason=sequence.finish_reason,
@@ -80,6 +86,11 @@ def _completions(tracked: Tracked) -> list[CompletionOutput]:
         )
         tracked.num_reported[index] = sequence.num_output_tokens
     return completions
+
+
+def _rank(sequence: Sequence) -> tuple[bool, float]:
+    """The likeliest first, behind all that ended by themselves what was cut off."""
+    return sequence.finish_reason in ("abort", "error"), -sequence.cumulative_logprob
 
 
 def _hypotheses(tracked: Tracked, beams: BeamSearch, tokenizer: Tokenizer | None) -> list[CompletionOutput]:
