@@ -1,20 +1,35 @@
 """jaxpaged: an LLM inference engine native to JAX, with paged attention."""
 
+from typing import TYPE_CHECKING, Any
+
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine.engine import Engine, EngineStats
-from jaxpaged.errors import CheckpointError, ConfigError, JaxpagedError, PoolError, QueueFullError, RequestError
+from jaxpaged.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    JaxpagedError,
+    PoolError,
+    QueueFullError,
+    RequestError,
+)
 from jaxpaged.llm import LLM
 from jaxpaged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
+if TYPE_CHECKING:
+    from jaxpaged.server.async_engine import AsyncEngine
+
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "BeamSearchParams",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
     "Engine",
     "EngineConfig",
+    "EngineDeadError",
     "EngineStats",
     "JaxpagedError",
     "Logprob",
@@ -25,3 +40,12 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What scripts do without is imported when it is first asked for."""
+    if name == "AsyncEngine":
+        from jaxpaged.server.async_engine import AsyncEngine
+
+        return AsyncEngine
+    raise AttributeError(f"module 'jaxpaged' has no attribute {name!r}")

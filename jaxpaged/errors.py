@@ -23,3 +23,7 @@ class PoolError(JaxpagedError):
 
 class QueueFullError(JaxpagedError):
     """As many requests wait as may; the same request can be served later."""
+
+
+class EngineDeadError(JaxpagedError):
+    """The engine has failed or was stopped, and serves nothing any more."""

@@ -121,6 +121,10 @@ class Engine:
         """The weights that the next step will use."""
         return self.runner.params
 
+    def encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """The prompt's token ids as `add_request` would take them, or its RequestError. Any thread may call this."""
+        return self._intake.encode(prompt, params)
+
     @property
     def has_unfinished(self) -> bool:
         """True while `step` has something to do or to say."""
@@ -199,6 +203,11 @@ class Engine:
         self._aborted.append(self._report(tracked, time.monotonic()))
         return True
 
+    def take_aborted(self) -> list[RequestOutput]:
+        """The last outputs of requests aborted since the last step, for who takes no step now."""
+        outputs, self._aborted = self._aborted, []
+        return outputs
+
     def step(self) -> list[RequestOutput]:
         """Schedule and dispatch a step, then read the one before it: the outputs of requests that moved on."""
         plan = self.scheduler.schedule()
@@ -208,7 +217,7 @@ class Engine:
         self._measure_waste()
         if leaked := self._num_leaked():
             log.error("%d pages are held though no sequence runs; please report this", leaked)
-        outputs, self._aborted = self._aborted, []
+        outputs = self.take_aborted()
         if before is not None:
             outputs += self._update(self.runner.read(before))
         return outputs

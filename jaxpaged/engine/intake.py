@@ -59,8 +59,7 @@ class Intake:
                 f"priority is {priority} but scheduling_policy is {self.config.scheduling_policy!r}; "
                 "leave it out, or set scheduling_policy='priority'"
             )
-        token_ids = self._encode(prompt)
-        self._check(token_ids, params)
+        token_ids = self.encode(prompt, params)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         first = Sequence(
             request_id=request_id,
@@ -114,28 +113,38 @@ class Intake:
         first.score_temperature = params.temperature or 1.0
         return request
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """The prompt's token ids, once they and the parameters are known to fit. Changes nothing: any thread may ask.
+
+        What is far too long is refused before time is spent on each of its characters or tokens.
+        """
+        limit = self.max_model_len
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("the model came without a tokenizer; give the prompt as token ids")
+            if len(prompt) > limit * self.tokenizer.longest_token:
+                raise RequestError(
+                    f"the prompt has {len(prompt):,} characters but max_model_len is {limit:,} tokens of at most "
+                    f"{self.tokenizer.longest_token:,} characters; shorten it or raise max_model_len"
+                )
             prompt = self.tokenizer.encode(prompt)
         if isinstance(prompt, (bytes, dict)) or not isinstance(prompt, (Seq, np.ndarray)):
             raise RequestError(f"the prompt is a {type(prompt).__name__}; give text or a list of token ids")
+        if len(prompt) == 0:
+            raise RequestError("the prompt is empty; it needs at least 1 token")
+        if len(prompt) >= limit:
+            raise RequestError(
+                f"the prompt has {len(prompt):,} tokens but max_model_len is {limit:,}, the answer included; "
+                "shorten it or raise max_model_len"
+            )
         vocab = self.spec.vocab_size
         for token in prompt:
             if not isinstance(token, (int, np.integer)) or isinstance(token, bool) or not 0 <= token < vocab:
                 raise RequestError(f"the prompt holds {token!r}; token ids of this model are 0 to {vocab - 1:,}")
+        self._check(params)
         return [int(token) for token in prompt]
 
-    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
-        limit = self.max_model_len
-        if not token_ids:
-            raise RequestError("the prompt is empty; it needs at least 1 token")
-        if len(token_ids) >= limit:
-            raise RequestError(
-                f"the prompt has {len(token_ids):,} tokens but max_model_len is {limit:,}, the answer included; "
-                "shorten it or raise max_model_len"
-            )
+    def _check(self, params: SamplingParams) -> None:
         vocab = self.spec.vocab_size
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(params, name)

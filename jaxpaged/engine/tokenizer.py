@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,20 @@ class Tokenizer:
         self._token_bytes: dict[int, bytes | None] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of `text`; special tokens written in it are found. Raises RequestError where it is no text."""
+        """The token ids of `text`; special tokens written in it are found. Raises RequestError where it is no text.
+
+        Other threads may run meanwhile: of the library's ways to encode, the batched ones alone let them.
+        """
         try:
-            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            (encoded,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(encoded.ids)
         except TypeError:
             raise RequestError(f"the prompt is {_excerpt(text)}; it must be text without lone surrogates") from None
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most characters that one token stands for; in a text of unknown characters one may stand for more."""
+        return max(map(len, self.backend.get_vocab()), default=1)
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The conversation as text, ready for the assistant's answer. Raises RequestError."""

@@ -1,0 +1,1 @@
+"""An engine for many callers at once: `AsyncEngine` for programs, an OpenAI-compatible HTTP API for everybody else."""
