@@ -36,10 +36,13 @@ def hidden_states(
     spec: Decoder,
     kvs: Sequence[Any],
     attend: Attend,
+    *,
+    remat: bool = False,
 ) -> tuple[Float[Array, "T M"], tuple[Any, ...]]:
     """The last layer's output after the last norm, a row per token, and every layer's `kv` as `attend` left it.
 
-    `rope_lens` is the length by which length-dependent rope scalings go: see `spec.DynamicNtkScaling`.
+    `rope_lens` is the length by which length-dependent rope scalings go: see `spec.DynamicNtkScaling`. `remat` has
+    gradients compute every layer again from its input rather than keep what is inside it.
     """
     x = params["embed"]["w"][tokens]
     if spec.embed_scale != 1.0:
@@ -50,7 +53,8 @@ def hidden_states(
         x = x + params["positions"]["w"][positions + spec.learned_positions]
     ropes = {b.mixer.rope for b in spec.blocks if b.mixer.rope is not None}
     tables = {rope: rope_table(rope, positions, rope_lens) for rope in ropes}
-    layer = {block: jax.jit(partial(_layer, block=block, tables=tables, attend=attend)) for block in set(spec.blocks)}
+    outer = jax.checkpoint if remat else jax.jit
+    layer = {block: outer(partial(_layer, block=block, tables=tables, attend=attend)) for block in set(spec.blocks)}
     new_kvs = []
     for block, p, kv in zip(spec.blocks, params["layers"], kvs, strict=True):
         x, kv = layer[block](x, p, kv)
@@ -69,15 +73,15 @@ def logits(params: Params, hidden: Float[Array, "T M"], spec: Decoder) -> Float[
     return y if spec.logit_softcap is None else spec.logit_softcap * jnp.tanh(y / spec.logit_softcap)
 
 
-def apply(params: Params, tokens: Int[Array, " T"], spec: Decoder) -> Float[Array, "T V"]:
-    """Logits of one whole sequence, dense: no pages, differentiable. For training, checks and tests."""
+def apply(params: Params, tokens: Int[Array, " T"], spec: Decoder, *, remat: bool = False) -> Float[Array, "T V"]:
+    """Logits of one whole sequence, dense: no pages, differentiable. For training (`spec.apply`), checks and tests."""
 
     def attend(kv: None, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, None]:
         return dense_attention(q, k, v, scale=a.scale, window=a.window, softcap=a.softcap, sinks=sinks), kv
 
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     rope_lens = jnp.full_like(positions, tokens.shape[0])
-    hidden, _ = hidden_states(params, tokens, positions, rope_lens, spec, (None,) * len(spec.blocks), attend)
+    hidden, _ = hidden_states(params, tokens, positions, rope_lens, spec, (None,) * len(spec.blocks), attend, remat=remat)
     return logits(params, hidden, spec)
 
 

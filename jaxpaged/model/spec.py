@@ -163,6 +163,20 @@ class Decoder:
     learned_positions: int | None = None
     logit_softcap: float | None = None
 
+    def apply(self, params: Any, tokens: Any, *, remat: bool = False) -> Any:
+        """The model in training form: float32 logits [..., T, V] of whole sequences of token ids [..., T].
+
+        Dense, pure and differentiable in `params`. Rows shorter than T are padded at their end with any token: nothing
+        before it sees it. `remat` keeps only the layers' inputs for the gradient and computes the rest again.
+        """
+        import jax  # only here: a spec alone needs no jax
+
+        from jaxpaged.model import decoder
+
+        if tokens.ndim == 1:
+            return decoder.apply(params, tokens, self, remat=remat)
+        return jax.vmap(lambda row: self.apply(params, row, remat=remat))(tokens)
+
 
 def to_json(spec: Decoder) -> str:
     """The whole tree as JSON; `from_json` gives an equal spec back."""
