@@ -27,3 +27,7 @@ class QueueFullError(JaxpagedError):
 
 class EngineDeadError(JaxpagedError):
     """The engine has failed or was stopped, and serves nothing any more."""
+
+
+class AsleepError(JaxpagedError):
+    """The engine was asked for a step while it sleeps."""

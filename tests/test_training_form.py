@@ -40,10 +40,13 @@ def test_the_engine_says_what_the_trained_form_says():
     assert SPEC.apply(PARAMS, whole)[23:-1].argmax(-1).tolist() == output.outputs[0].token_ids
 
 
-def test_remat_gives_the_same_gradients_in_less_memory():
+def test_remat_gives_the_same_gradients_and_keeps_little_for_them():
     plain, again = (jax.jit(jax.grad(partial(loss, remat=remat))) for remat in (False, True))
     for a, b in zip(jax.tree.leaves(plain(PARAMS, TOKENS)), jax.tree.leaves(again(PARAMS, TOKENS)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
-    long = jax.ShapeDtypeStruct((4, 257), jnp.int32)
-    kept, little = (f.lower(PARAMS, long).compile().memory_analysis().temp_size_in_bytes for f in (plain, again))
-    assert little < 0.5 * kept
+
+    def kept(remat):
+        pull_back = jax.eval_shape(lambda p: jax.vjp(partial(loss, tokens=TOKENS, remat=remat), p)[1], PARAMS)
+        return sum(leaf.size for leaf in jax.tree.leaves(pull_back))
+
+    assert kept(True) < 0.3 * kept(False)

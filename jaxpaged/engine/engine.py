@@ -28,7 +28,7 @@ from jaxpaged.engine.runner import InFlight, PromptPart, Runner
 from jaxpaged.engine.scheduler import Scheduler
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.engine.weights import fitting
-from jaxpaged.errors import ConfigError, QueueFullError, RequestError
+from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestError
 from jaxpaged.model.params import Params
 from jaxpaged.model.sampling import Logprobs
 from jaxpaged.model.spec import Decoder
@@ -110,7 +110,7 @@ class Engine:
         self._intake = Intake(spec, self.config, tokenizer, self.eos_token_ids, self.max_model_len)
         self._requests: dict[str, Tracked] = {}
         self._in_flight: InFlight | None = None
-        self._aborted: list[RequestOutput] = []
+        self._undelivered: list[RequestOutput] = []
         self._prompt_tokens = self._generation_tokens = self._num_steps = 0
         self._slots_held = self._slots_wasted = 0
         if self.config.warmup:
@@ -118,7 +118,7 @@ class Engine:
 
     @property
     def params(self) -> Params:
-        """The weights that the next step will use."""
+        """The weights that the next step will use; only their shapes once `sleep(2)` has let go of them."""
         return self.runner.params
 
     def encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
@@ -126,9 +126,14 @@ class Engine:
         return self._intake.encode(prompt, params)
 
     @property
+    def is_sleeping(self) -> bool:
+        """True from `sleep` to `wake_up`."""
+        return self.runner.is_sleeping
+
+    @property
     def has_unfinished(self) -> bool:
         """True while `step` has something to do or to say."""
-        return bool(self._requests or self._aborted or self._in_flight)
+        return bool(self._requests or self._undelivered or self._in_flight)
 
     def add_request(
         self,
@@ -200,16 +205,20 @@ class Engine:
         if tracked is None:
             return False
         self._finish_all(tracked, "abort", None)
-        self._aborted.append(self._report(tracked, time.monotonic()))
+        self._undelivered.append(self._report(tracked, time.monotonic()))
         return True
 
     def take_aborted(self) -> list[RequestOutput]:
-        """The last outputs of requests aborted since the last step, for who takes no step now."""
-        outputs, self._aborted = self._aborted, []
+        """The last outputs of requests aborted since the last step, for who takes no step now, and what `sleep`
+        read.
+        """
+        outputs, self._undelivered = self._undelivered, []
         return outputs
 
     def step(self) -> list[RequestOutput]:
         """Schedule and dispatch a step, then read the one before it: the outputs of requests that moved on."""
+        if self.is_sleeping:
+            raise AsleepError("the engine sleeps and has no page pool; call wake_up() before step()")
         plan = self.scheduler.schedule()
         before = self._in_flight
         self._in_flight = None if plan.is_empty else self.runner.dispatch(plan, before)
@@ -244,6 +253,32 @@ class Engine:
         elif policy == "abort":
             for request_id in list(self._requests):
                 self.abort(request_id)
+
+    def sleep(self, level: Literal[1, 2] = 1) -> None:
+        """Give back the pool's memory and, at level 2, let go of the weights, until `wake_up`.
+
+        Requests under way stay, and will be computed anew; more may be added, aborted, and given other weights
+        meanwhile. The weights' memory is free once nobody else, such as a trainer, holds the same arrays.
+        """
+        if level not in (1, 2):
+            raise ConfigError(f"level is {level!r}; known: 1 (drops the page pool), 2 (the weights too)")
+        if self._in_flight is not None:
+            self._undelivered += self._update(self.runner.read(self._in_flight))
+            self._in_flight = None
+        self.scheduler.preempt_all()
+        self.pool.reset_prefix_cache()
+        self.runner.sleep(drop_params=level == 2)
+
+    def wake_up(self, params: Params | None = None) -> None:
+        """Make the pool again, after taking `params` as `update_params` does; nothing is compiled.
+
+        Raises ConfigError, and sleeps on, where there are no weights or those given do not fit.
+        """
+        if params is not None:
+            self.update_params(params)
+        if not self.runner.has_params:
+            raise ConfigError("sleep(2) let go of the weights; call wake_up(params)")
+        self.runner.wake()
 
     def page_map(self) -> list[PageInfo]:
         """Who holds which page now."""

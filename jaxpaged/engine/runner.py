@@ -31,8 +31,8 @@ from jaxpaged.errors import ConfigError
 from jaxpaged.model import sampling
 from jaxpaged.model.cache import (
     KVCache,
+    cache_shapes,
     copy_pages,
-    init_cache,
     page_bytes,
     pool_dtype,
     read_pages,
@@ -74,7 +74,9 @@ class Runner:
     """Compiles, dispatches and reads steps."""
 
     def __init__(self, spec: Decoder, params: Params, config: EngineConfig) -> None:
-        """Take the weights and make the pool. Raises ConfigError where either does not fit."""
+        """Take the weights and make the pool; sleep where `params` are shapes only. ConfigError where either does not
+        fit.
+        """
         if problems := check_params(spec, params):
             raise ConfigError("params do not fit the spec: " + "; ".join(problems))
         self.spec = spec
@@ -91,7 +93,9 @@ class Runner:
         num_pages = fit.check(config.num_pages) if config.num_pages else fit.most(self._affordable_pages(config))
         self.max_model_len = _fitting_model_len(spec, config, num_pages)
         self.max_pages = -(-self.max_model_len // config.page_size)
-        self.cache = init_cache(spec, num_pages, config.page_size, dtype)
+        self.cache = cache_shapes(spec, num_pages, config.page_size, dtype)
+        if self.has_params:
+            self.wake()
         self.num_host_pages = self._host_pages(config)
         self._host = HostPages(self.cache.pools, self.num_host_pages)
         self.buckets = batch.make_buckets(config.max_num_seqs, self.max_num_batched_tokens)
@@ -100,6 +104,32 @@ class Runner:
         self._nothing_sampled = jnp.zeros(self._max_rows, jnp.int32)
         self._compiled: dict[tuple[str, int | Bucket], Callable[..., Any]] = {}
         _use_compilation_cache(config.compilation_cache_dir)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """True while there is no pool: shapes stand for it, and no step may be dispatched."""
+        return not _is_real(self.cache)
+
+    @property
+    def has_params(self) -> bool:
+        """Whether there are weights rather than their shapes."""
+        return _is_real(self.params)
+
+    def sleep(self, *, drop_params: bool) -> None:
+        """Free the pool, which nobody else holds, and let go of the weights, which others may hold."""
+        self._host.settle(wait=True)
+        pools = [leaf for leaf in jax.tree.leaves(self.cache) if isinstance(leaf, jax.Array)]
+        self.cache = jax.tree.map(_as_shape, self.cache)
+        for pool in pools:
+            pool.delete()
+        if drop_params:
+            self.params = jax.tree.map(_as_shape, self.params)
+
+    def wake(self) -> None:
+        """Make the pool, if there is none."""
+        if self.is_sleeping:
+            zeros = (jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in jax.tree.leaves(self.cache))
+            self.cache = jax.tree.unflatten(jax.tree.structure(self.cache), zeros)
 
     def warm_up(self, *, show_progress: bool = True) -> None:
         """Compile every function for every bucket, so that no later step compiles."""
@@ -330,6 +360,14 @@ def _fitting_model_len(spec: Decoder, config: EngineConfig, num_pages: int) -> i
             f"lower max_model_len to {room:,}, or raise num_pages or memory_utilization"
         )
     return config.max_model_len
+
+
+def _is_real(tree: Any) -> bool:
+    return all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
+
+
+def _as_shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _shape(*shape: int, dtype: Any = np.int32) -> Any:

@@ -81,7 +81,9 @@ def apply(params: Params, tokens: Int[Array, " T"], spec: Decoder, *, remat: boo
 
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     rope_lens = jnp.full_like(positions, tokens.shape[0])
-    hidden, _ = hidden_states(params, tokens, positions, rope_lens, spec, (None,) * len(spec.blocks), attend, remat=remat)
+    hidden, _ = hidden_states(
+        params, tokens, positions, rope_lens, spec, (None,) * len(spec.blocks), attend, remat=remat
+    )
     return logits(params, hidden, spec)
 
 
