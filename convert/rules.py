@@ -26,7 +26,7 @@ class Rule:
     """The leaves `paths` and the HF tensors `sources` hold the same numbers.
 
     `load` makes the leaves' arrays from the tensors' (views where it can), `store` the tensors' from the leaves'. Both
-    use shapes and array methods only, any dtype will do.
+    use shapes and array methods only: any dtype will do, and arrays of JAX stay where they are.
     """
 
     paths: tuple[str, ...]
@@ -117,7 +117,7 @@ def concatenated(paths: Sequence[str], source: str, sizes: Sequence[int], *, tra
         return np.split(_turned(tensors[0], transposed), ends, axis=-1)
 
     def store(leaves: Sequence[Array]) -> Sequence[Array]:
-        return [_turned(np.concatenate(leaves, axis=-1), transposed)]
+        return [_turned(_namespace(leaves).concatenate(leaves, axis=-1), transposed)]
 
     return Rule(tuple(paths), (source,), load, store)
 
@@ -132,10 +132,16 @@ def interleaved(paths: Sequence[str], source: str, num_heads: int, *, transposed
 
     def store(leaves: Sequence[Array]) -> Sequence[Array]:
         head_dim = leaves[0].shape[-1] // num_heads
-        heads = np.stack([x.reshape(*x.shape[:-1], num_heads, head_dim) for x in leaves], axis=-2)  # [..., H, parts, D]
+        stack = _namespace(leaves).stack
+        heads = stack([x.reshape(*x.shape[:-1], num_heads, head_dim) for x in leaves], axis=-2)  # [..., H, parts, D]
         return [_turned(heads.reshape(*heads.shape[:-3], -1), transposed)]
 
     return Rule(tuple(paths), (source,), load, store)
+
+
+def _namespace(arrays: Sequence[Array]) -> Any:
+    """numpy, or jax.numpy where the arrays are JAX's and may stay on their device."""
+    return arrays[0].__array_namespace__()
 
 
 def _turned(x: Array, transposed: bool) -> Array:

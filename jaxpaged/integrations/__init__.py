@@ -1,0 +1,1 @@
+"""Other libraries' weights and trainers. `trees` needs none of them; other modules need the one in their name."""
