@@ -30,7 +30,7 @@ def main() -> None:
     (output,) = llm.generate("Roses are", SamplingParams(temperature=0.0, max_tokens=1, logprobs=3), use_tqdm=False)
     for likely in (output.outputs[0].logprobs or [])[0].values():
         print(f"  {likely.rank}. {likely.decoded_token!r} {likely.logprob:.2f}")
-    (scores,) = llm.score(["Roses are red."], use_tqdm=False)
+    (scores,) = llm.score(["Roses are red."])
     print(f"mean log probability of 'Roses are red.': {scores.mean():.2f}")
 
 

@@ -33,6 +33,7 @@ class EngineConfig(Settings):
     seed                          for requests that bring none
     cache_dtype                   of the pool; auto: the weights' dtype; fp8 is fp8_e4m3
     attention_backend             auto: the kernels that fit the device, else plain jnp, which is "reference"
+    batch_invariant               a token's logprob has the same bits in any batch; slower (docs/training.md)
     warmup                        compile every bucket at the start rather than when it is first met
     compilation_cache_dir         where compiled steps are kept between runs; None: JAX's setting, else the user's cache
     """
@@ -54,6 +55,7 @@ class EngineConfig(Settings):
     seed: int = 0
     cache_dtype: CacheDtype = "auto"
     attention_backend: AttentionBackend = "auto"
+    batch_invariant: bool = False
     warmup: bool = True
     compilation_cache_dir: str | Path | None = None
 
@@ -70,6 +72,7 @@ class EngineConfig(Settings):
             if getattr(self, name) is not None:
                 self._check_int(name, low)
         self._check_bool("enable_prefix_caching")
+        self._check_bool("batch_invariant")
         self._check_bool("warmup")
 
         if self.host_cache_gb and not self.enable_prefix_caching:

@@ -21,9 +21,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxpaged.kernels.paged_attention import Backend
+from jaxpaged.model.blocks import in_blocks
 from jaxpaged.model.cache import KVCache, Pool, init_cache
 from jaxpaged.model.decoder import apply
 from jaxpaged.model.params import Params
+from jaxpaged.model.sampling import logprobs_in_blocks
 from jaxpaged.model.spec import Decoder
 from jaxpaged.model.step import ForwardOutputs, StepInputs, forward
 
@@ -40,6 +42,8 @@ __all__ = [
     "score",
     "step",
 ]
+
+_SCORED_ROWS = 256  # tokens whose logits are held at a time
 
 Sampler = Callable[[Array, Array], Array]
 """sampler(logits [S, V], positions [S]) -> token ids int32 [S]; `positions` are those of the sampled tokens."""
@@ -102,13 +106,19 @@ def pack(spans: Sequence[Span], cache: KVCache, *, max_pages: int | None = None)
 
 
 def step(
-    params: Params, cache: KVCache, inputs: StepInputs, *, spec: Decoder, attention_backend: Backend = "auto"
+    params: Params,
+    cache: KVCache,
+    inputs: StepInputs,
+    *,
+    spec: Decoder,
+    attention_backend: Backend = "auto",
+    batch_invariant: bool = False,
 ) -> tuple[KVCache, ForwardOutputs]:
     """Compute the packed tokens: keys and values go to their pages; logits [S, V] float32 and hidden [T, M] come back.
 
     The engine runs the same function. Donate `cache`, or the pool is copied.
     """
-    return forward(params, cache, inputs, jnp.zeros(1, jnp.int32), spec, attention_backend)
+    return forward(params, cache, inputs, jnp.zeros(1, jnp.int32), spec, attention_backend, batch_invariant)
 
 
 def decode_loop(
@@ -122,6 +132,7 @@ def decode_loop(
     num_steps: int,
     spec: Decoder,
     attention_backend: Backend = "auto",
+    batch_invariant: bool = False,
 ) -> tuple[KVCache, Int[Array, "num_steps S"]]:
     """Decode `num_steps` tokens of S sequences in one traced loop, each step's tokens the next one's input.
 
@@ -130,6 +141,7 @@ def decode_loop(
     """
     rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     size = cache.page_size
+    one_step = partial(step, spec=spec, attention_backend=attention_backend, batch_invariant=batch_invariant)
 
     def one(carry: tuple[KVCache, Array, Array], _: None) -> tuple[tuple[KVCache, Array, Array], Array]:
         cache, tokens, positions = carry
@@ -144,7 +156,7 @@ def decode_loop(
             cu_q_lens=jnp.zeros(1, jnp.int32),
             logit_rows=rows,
         )
-        cache, outputs = step(params, cache, inputs, spec=spec, attention_backend=attention_backend)
+        cache, outputs = one_step(params, cache, inputs)
         sampled = sampler(outputs.logits, positions + 1).astype(jnp.int32)
         return (cache, sampled, positions + 1), sampled
 
@@ -152,39 +164,75 @@ def decode_loop(
     return cache, sampled
 
 
+class _How(NamedTuple):
+    """What of `score` is static."""
+
+    spec: Decoder
+    page_size: int
+    cache_dtype: str | None
+    attention_backend: Backend
+    batch_invariant: bool
+
+
 def score(
-    params: Params, tokens: Int[Array, "S T"], lengths: Int[Array, " S"], *, spec: Decoder, page_size: int = 16
+    params: Params,
+    tokens: Int[Array, "S T"],
+    lengths: Int[Array, " S"],
+    *,
+    spec: Decoder,
+    page_size: int = 16,
+    cache_dtype: str | None = None,
+    attention_backend: Backend = "auto",
+    batch_invariant: bool = False,
 ) -> Float[Array, "S T-1"]:
     """log p(token | those before it) of every token but each sequence's first; 0 past a sequence's length.
 
-    Computed as the engine computes prompts, through pages; differentiable in `params`, backwards through the dense form
-    of the same model (`apply`).
+    Computed as the engine computes prompts, through pages (of the weights' dtype, or `cache_dtype`); differentiable in
+    `params`, backwards through the dense form of the same model (`apply`). With `batch_invariant`, and pages as the
+    engine's, the values are those that an engine with this setting gives, to the last bit: see docs/training.md.
     """
-    return _score(spec, page_size, params, tokens, lengths)
+    return _score(_How(spec, page_size, cache_dtype, attention_backend, batch_invariant), params, tokens, lengths)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _score(spec: Decoder, page_size: int, params: Params, tokens: Array, lengths: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _score(how: _How, params: Params, tokens: Array, lengths: Array) -> Array:
     num_seqs, width = tokens.shape
-    pages_each = -(-width // page_size)
+    size = how.page_size
+    pages_each = -(-width // size)
     table = 1 + jnp.arange(num_seqs * pages_each, dtype=jnp.int32).reshape(num_seqs, pages_each)
-    cache = init_cache(spec, num_seqs * pages_each + 1, page_size, params["embed"]["w"].dtype)
+    cache = init_cache(how.spec, num_seqs * pages_each + 1, size, how.cache_dtype or params["embed"]["w"].dtype)
     place = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (num_seqs, width))
-    slots = jnp.take_along_axis(table, place // page_size, 1) * page_size + place % page_size
+    slots = jnp.take_along_axis(table, place // size, 1) * size + place % size
     everything = num_seqs * width
     inputs = StepInputs(
         token_ids=tokens.reshape(-1),
         feedback=jnp.full(everything, -1, jnp.int32),
         positions=place.reshape(-1),
         rope_lens=jnp.repeat(lengths, width),
-        slots=slots.reshape(-1),
+        slots=jnp.where(place < lengths[:, None], slots, cache.num_pages * size).reshape(-1),
         page_table=table,
         kv_lens=jnp.full(num_seqs, width, jnp.int32),
         cu_q_lens=jnp.arange(num_seqs + 1, dtype=jnp.int32) * width,
-        logit_rows=jnp.arange(everything, dtype=jnp.int32),
+        logit_rows=jnp.zeros(1, jnp.int32) if how.batch_invariant else jnp.arange(everything, dtype=jnp.int32),
     )
-    _, outputs = step(params, cache, inputs, spec=spec)
-    return _token_logprobs(outputs.logits.reshape(num_seqs, width, -1), tokens, lengths)
+    _, outputs = step(
+        params,
+        cache,
+        inputs,
+        spec=how.spec,
+        attention_backend=how.attention_backend,
+        batch_invariant=how.batch_invariant,
+    )
+    if not how.batch_invariant:
+        return _token_logprobs(outputs.logits.reshape(num_seqs, width, -1), tokens, lengths)
+    following = jnp.roll(tokens, -1, 1).reshape(-1)
+    chosen = in_blocks(
+        lambda part: logprobs_in_blocks(params, part[0], part[1], how.spec).chosen,
+        (outputs.hidden, following),
+        inputs.slots < cache.num_pages * size,
+        block=_SCORED_ROWS,
+    )
+    return _within(chosen.reshape(num_seqs, width)[:, :-1], lengths)
 
 
 def _dense_score(spec: Decoder, params: Params, tokens: Array, lengths: Array) -> Array:
@@ -193,18 +241,20 @@ def _dense_score(spec: Decoder, params: Params, tokens: Array, lengths: Array) -
 
 def _token_logprobs(logits: Float[Array, "S T V"], tokens: Array, lengths: Array) -> Float[Array, "S T-1"]:
     logprobs = jax.nn.log_softmax(logits[:, :-1], -1)
-    chosen = jnp.take_along_axis(logprobs, tokens[:, 1:, None], 2)[:, :, 0]
-    return jnp.where(jnp.arange(1, tokens.shape[1])[None] < lengths[:, None], chosen, 0.0)
+    return _within(jnp.take_along_axis(logprobs, tokens[:, 1:, None], 2)[:, :, 0], lengths)
 
 
-def _forwards(spec: Decoder, page_size: int, params: Params, tokens: Array, lengths: Array) -> tuple[Array, Any]:
-    return _score(spec, page_size, params, tokens, lengths), (params, tokens, lengths)
+def _within(logprobs: Float[Array, "S T-1"], lengths: Array) -> Float[Array, "S T-1"]:
+    return jnp.where(jnp.arange(1, logprobs.shape[1] + 1)[None] < lengths[:, None], logprobs, 0.0)
 
 
-def _backwards(spec: Decoder, page_size: int, saved: Any, cotangent: Array) -> tuple[Any, None, None]:
-    del page_size
+def _forwards(how: _How, params: Params, tokens: Array, lengths: Array) -> tuple[Array, Any]:
+    return _score(how, params, tokens, lengths), (params, tokens, lengths)
+
+
+def _backwards(how: _How, saved: Any, cotangent: Array) -> tuple[Any, None, None]:
     params, tokens, lengths = saved
-    _, pull_back = jax.vjp(lambda p: _dense_score(spec, p, tokens, lengths), params)
+    _, pull_back = jax.vjp(lambda p: _dense_score(how.spec, p, tokens, lengths), params)
     return (*pull_back(cotangent), None, None)
 
 

@@ -117,14 +117,14 @@ class LLM:
         finally:
             self._forget([request_id])
 
-    def score(self, prompts: Sequence[Prompt], *, use_tqdm: bool = True) -> list[np.ndarray]:
-        """log p(token | those before it) of every token of each prompt but the first: float32 arrays [tokens - 1]."""
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        scored = []
-        for output in self._run(_as_list(prompts), params, use_tqdm):
-            entries = zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)
-            scored.append(np.asarray([e[token].logprob for token, e in entries if e is not None], np.float32))
-        return scored
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], completions: Sequence[Prompt] | None = None
+    ) -> list[np.ndarray]:
+        """log p(token | those before it) of every token of each prompt but the first: float32 arrays [tokens - 1].
+
+        With `completions`, one for each prompt, of the tokens of each completion after its prompt: [tokens].
+        """
+        return self.engine.score(_as_list(prompts), completions)
 
     def encode_chat(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
         """The token ids of a conversation, ready for the assistant's answer."""

@@ -158,7 +158,7 @@ def test_prompt_logprobs_and_score_are_those_of_the_dense_model(budget):
     for token, row, entry in zip(prompt[1:], expected, output.prompt_logprobs[1:], strict=True):
         assert entry[token].logprob == pytest.approx(row[token], rel=2e-5, abs=1e-4)
         assert set(np.argsort(-row)[:3].tolist()) <= entry.keys()
-    (scores,) = llm.score([prompt], use_tqdm=False)
+    (scores,) = llm.score([prompt])
     np.testing.assert_allclose(
         scores, [row[t] for t, row in zip(prompt[1:], expected, strict=True)], rtol=2e-5, atol=1e-4
     )

@@ -26,6 +26,7 @@ from jaxpaged.engine.report import OutputKind, Tracked, report, token_logprobs
 from jaxpaged.engine.request import Sequence, seed_words
 from jaxpaged.engine.runner import InFlight, PromptPart, Runner
 from jaxpaged.engine.scheduler import Scheduler
+from jaxpaged.engine.scoring import Scores
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.engine.weights import fitting
 from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestError
@@ -110,7 +111,8 @@ class Engine:
         self._intake = Intake(spec, self.config, tokenizer, self.eos_token_ids, self.max_model_len)
         self._requests: dict[str, Tracked] = {}
         self._in_flight: InFlight | None = None
-        self._undelivered: list[RequestOutput] = []
+        self._undelivered: list[RequestOutput] = []  # for whoever calls `step` next
+        self._scored = count()
         self._prompt_tokens = self._generation_tokens = self._num_steps = 0
         self._slots_held = self._slots_wasted = 0
         if self.config.warmup:
@@ -230,6 +232,27 @@ class Engine:
         if before is not None:
             outputs += self._update(self.runner.read(before))
         return outputs
+
+    def score(self, prompts: Seq[Prompt], completions: Seq[Prompt] | None = None) -> list[np.ndarray]:
+        """log p(token | those before it) of each completion's tokens after its prompt, float32 [tokens]; without
+        completions, of all tokens of each prompt but its first.
+
+        Runs until all is scored, other requests with it, whose outputs come with the next `step`. Raises RequestError
+        before anything runs where one cannot be served.
+        """
+        scores = Scores(self._intake, prompts, completions, f"score-{next(self._scored)}")
+        for request in scores.requests.values():
+            detokenizer = Detokenizer(None, request.params, request.prompt_token_ids)
+            self._add(Tracked(request, "final", [detokenizer], [0]))
+        others: list[RequestOutput] = []
+        try:
+            while not scores.finished:
+                others += [output for output in self.step() if not scores.take(output)]
+        finally:
+            for request_id in scores.requests:
+                self.abort(request_id)
+            self._undelivered = others + [o for o in self._undelivered if o.request_id not in scores.requests]
+        return scores.values()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, those on the host too; running requests are not touched."""

@@ -113,8 +113,35 @@ class Intake:
         first.score_temperature = params.temperature or 1.0
         return request
 
+    def score_request(self, request_id: str, before: Seq[int], after: Seq[int]) -> Request:
+        """A request whose prompt logprobs are those of all tokens but the last, which it samples.
+
+        Keys are rotated as they were when `after` was sampled after the prompt `before`.
+        """
+        *tokens, last = *before, *after
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0,
+            prompt_logprobs=0,
+            allowed_token_ids=(last,),
+        )
+        request = self.request(request_id, tokens, params)
+        (first,) = request.sequences
+        first.rope_len = len(before)
+        first.salt, first.long_after = _rope_salt(self.spec, len(before)), _long_after(self.spec, len(before))
+        return request
+
     def encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        """The prompt's token ids, once they and the parameters are known to fit. Changes nothing: any thread may ask.
+        """The prompt's token ids, once they and `params` are known to fit. Changes nothing: any thread may ask."""
+        tokens = self.tokens(prompt, room=self.max_model_len - 1)
+        self._check(params)
+        return tokens
+
+    def tokens(self, prompt: Prompt, *, room: int, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of this model, from 1 to `room` of them.
 
         What is far too long is refused before time is spent on each of its characters or tokens.
         """
@@ -127,21 +154,21 @@ class Intake:
                     f"the prompt has {len(prompt):,} characters but max_model_len is {limit:,} tokens of at most "
                     f"{self.tokenizer.longest_token:,} characters; shorten it or raise max_model_len"
                 )
-            prompt = self.tokenizer.encode(prompt)
+            prompt = self.tokenizer.encode(prompt, add_special_tokens)
         if isinstance(prompt, (bytes, dict)) or not isinstance(prompt, (Seq, np.ndarray)):
             raise RequestError(f"the prompt is a {type(prompt).__name__}; give text or a list of token ids")
         if len(prompt) == 0:
             raise RequestError("the prompt is empty; it needs at least 1 token")
-        if len(prompt) >= limit:
+        if len(prompt) > room:
+            included = ", the answer included" if room < limit else ""
             raise RequestError(
-                f"the prompt has {len(prompt):,} tokens but max_model_len is {limit:,}, the answer included; "
+                f"the prompt has {len(prompt):,} tokens but max_model_len is {limit:,}{included}; "
                 "shorten it or raise max_model_len"
             )
         vocab = self.spec.vocab_size
         for token in prompt:
             if not isinstance(token, (int, np.integer)) or isinstance(token, bool) or not 0 <= token < vocab:
                 raise RequestError(f"the prompt holds {token!r}; token ids of this model are 0 to {vocab - 1:,}")
-        self._check(params)
         return [int(token) for token in prompt]
 
     def _check(self, params: SamplingParams) -> None:

@@ -87,6 +87,7 @@ class Runner:
         self.max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
         self.max_num_batched_tokens = max(self.max_num_batched_tokens, config.max_num_seqs)
         self.attention_backend = config.attention_backend
+        self.batch_invariant = config.batch_invariant
         dtype = params["embed"]["w"].dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
         self.page_bytes = page_bytes(spec, config.page_size, dtype)
         fit = PoolFit(spec, params["embed"]["w"].dtype, dtype, config)
@@ -238,7 +239,8 @@ class Runner:
         return self._compiled[key]
 
     def _forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, ForwardOutputs]]:
-        function = jax.jit(partial(forward, spec=self.spec, attention_backend=self.attention_backend), donate_argnums=1)
+        step = partial(forward, spec=self.spec, attention_backend=self.attention_backend)
+        function = jax.jit(partial(step, batch_invariant=self.batch_invariant), donate_argnums=1)
         tokens, rows = bucket.num_tokens, bucket.num_rows
         inputs = StepInputs(
             token_ids=_shape(tokens),
@@ -256,7 +258,7 @@ class Runner:
     def _sample(self, rows: int) -> Callable[..., StepOutputs]:
         def padded(raw: jax.Array, edited: jax.Array, inputs: SamplingInputs) -> StepOutputs:
             """All buckets give as many tokens, so that the next step's shape does not depend on this one's."""
-            outputs = sampling.sample(raw, edited, inputs)
+            outputs = (sampling.sample_in_blocks if self.batch_invariant else sampling.sample)(raw, edited, inputs)
             return outputs._replace(tokens=jnp.pad(outputs.tokens, (0, self._max_rows - rows)))
 
         inputs = SamplingInputs(
@@ -281,7 +283,7 @@ class Runner:
         return self._compile(("restrict", rows), jax.jit(sampling.restrict), self._logits(rows), allowed)
 
     def _prompt_logprobs(self, tokens: int) -> Callable[..., Logprobs]:
-        function = jax.jit(partial(sampling.prompt_logprobs, spec=self.spec))
+        function = jax.jit(partial(sampling.prompt_logprobs, spec=self.spec, batch_invariant=self.batch_invariant))
         hidden = jax.ShapeDtypeStruct((tokens, self.spec.dim), self.params["embed"]["w"].dtype)
         rows = _shape(_PROMPT_ROWS)
         return self._compile(("prompt_logprobs", tokens), function, self.params, hidden, rows, rows)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jaxpaged.model.blocks import in_blocks
 from jaxpaged.model.decoder import logits as head_logits
 from jaxpaged.model.params import Params
 from jaxpaged.model.spec import Decoder
@@ -105,6 +106,19 @@ def sample(raw: Float[Array, "R V"], edited: Float[Array, "R V"], inputs: Sampli
     return StepOutputs(tokens, jnp.isfinite(top), found)
 
 
+def sample_in_blocks(raw: Float[Array, "R V"], edited: Float[Array, "R V"], inputs: SamplingInputs) -> StepOutputs:
+    """As `sample`, with sums that do not depend on how many rows there are."""
+    rows = inputs._asdict()
+    want_logprobs = rows.pop("want_logprobs")
+
+    def some(part: tuple[Array, Array, dict[str, Array]]) -> StepOutputs:
+        raw, edited, own = part
+        return sample(raw, edited, SamplingInputs(**own, want_logprobs=want_logprobs))
+
+    outputs: StepOutputs = in_blocks(some, (raw, edited, rows), inputs.positions >= 0)
+    return outputs
+
+
 def logprobs_of(logits: Float[Array, "R V"], tokens: Int[Array, " R"]) -> Logprobs:
     """Log probabilities of `tokens` and of the likeliest tokens of every row."""
     total = jax.nn.logsumexp(logits, -1)
@@ -115,10 +129,27 @@ def logprobs_of(logits: Float[Array, "R V"], tokens: Int[Array, " R"]) -> Logpro
 
 
 def prompt_logprobs(
-    params: Params, hidden: Float[Array, "T M"], rows: Int[Array, " R"], targets: Int[Array, " R"], spec: Decoder
+    params: Params,
+    hidden: Float[Array, "T M"],
+    rows: Int[Array, " R"],
+    targets: Int[Array, " R"],
+    spec: Decoder,
+    batch_invariant: bool = False,
 ) -> Logprobs:
     """Log probabilities of `targets` after the tokens at `rows` of a step's hidden states."""
-    return logprobs_of(head_logits(params, hidden[rows], spec), targets)
+    if not batch_invariant:
+        return logprobs_of(head_logits(params, hidden[rows], spec), targets)
+    return logprobs_in_blocks(params, hidden[rows], targets, spec)
+
+
+def logprobs_in_blocks(
+    params: Params, hidden: Float[Array, "R M"], targets: Int[Array, " R"], spec: Decoder
+) -> Logprobs:
+    """Log probabilities of `targets` after `hidden`, row by row those that `sample_in_blocks` gives."""
+    # Two loops: in one the softcap's product and the sum after it might be fused, which sampled tokens have apart.
+    logits = in_blocks(lambda part: head_logits(params, part, spec), hidden, targets >= 0)
+    found: Logprobs = in_blocks(lambda part: logprobs_of(*part), (logits, targets), targets >= 0)
+    return found
 
 
 def _draw(logits: Float[Array, "R V"], inputs: SamplingInputs) -> Int[Array, " R"]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpaged.kernels.paged_attention import Backend, paged_attention, ragged_paged_attention
 from jaxpaged.model import cache as kv_cache
+from jaxpaged.model.blocks import carry_blocks, in_blocks
 from jaxpaged.model.cache import KVCache, Pool
 from jaxpaged.model.decoder import hidden_states, logits
 from jaxpaged.model.params import Params
@@ -51,20 +52,24 @@ def forward(
     sampled: Int[Array, " R_before"],
     spec: Decoder,
     attention_backend: Backend = "auto",
+    batch_invariant: bool = False,
 ) -> tuple[KVCache, ForwardOutputs]:
     """Write the step's keys and values to their pages and compute its logits. Pure; donate `cache`.
 
-    `sampled` are the tokens of the step before, read where `inputs.feedback` says so. `spec` and `attention_backend`
-    are static.
+    `sampled` are the tokens of the step before, read where `inputs.feedback` says so. `spec`, `attention_backend` and
+    `batch_invariant` are static. With the last, a token's numbers depend on the tokens before it alone.
     """
+    fed = sampled[jnp.clip(inputs.feedback, 0, sampled.shape[0] - 1)]
+    tokens = jnp.where(inputs.feedback >= 0, fed, inputs.token_ids)
+    if batch_invariant:
+        return _forward_in_blocks(params, cache, inputs, tokens, spec, attention_backend)
     num_decode = inputs.kv_lens.shape[0] - (inputs.cu_q_lens.shape[0] - 1)
     num_tokens = inputs.token_ids.shape[0]
 
     def attend(pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Pool]:
         pool = kv_cache.write(pool, k, v, inputs.slots)
         table, lens = inputs.page_table, inputs.kv_lens
-        options: dict[str, Any] = {"scale": a.scale, "window": a.window, "softcap": a.softcap, "sinks": sinks}
-        options |= {"scales": pool.scales, "backend": attention_backend}
+        options = _options(pool, a, sinks, attention_backend)
         parts = []
         if num_decode > 0:
             decode = q[:num_decode], pool.pages, table[:num_decode], lens[:num_decode]
@@ -74,7 +79,55 @@ def forward(
             parts.append(ragged_paged_attention(*chunks, **options))
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0], pool
 
-    fed = sampled[jnp.clip(inputs.feedback, 0, sampled.shape[0] - 1)]
-    tokens = jnp.where(inputs.feedback >= 0, fed, inputs.token_ids)
     hidden, pools = hidden_states(params, tokens, inputs.positions, inputs.rope_lens, spec, cache.pools, attend)
     return KVCache(pools), ForwardOutputs(logits(params, hidden[inputs.logit_rows], spec), hidden)
+
+
+class _Rows(NamedTuple):
+    """Tokens, each computed as if it alone were decoded."""
+
+    token_ids: Int[Array, " T"]
+    positions: Int[Array, " T"]
+    rope_lens: Int[Array, " T"]
+    slots: Int[Array, " T"]
+    sequence: Int[Array, " T"]  # row of the page table
+    kv_lens: Int[Array, " T"]  # 0 for padding
+
+
+def _forward_in_blocks(
+    params: Params, cache: KVCache, inputs: StepInputs, tokens: Int[Array, " T"], spec: Decoder, backend: Backend
+) -> tuple[KVCache, ForwardOutputs]:
+    """The step as a loop over blocks of tokens (see `blocks.py`), those of prompts too: all are decoded.
+
+    So there is one shape of everything, and a chunk's borders mean nothing. A block's keys are written before its
+    queries read, and blocks come in order: every token finds those before it.
+    """
+    num_decode = inputs.kv_lens.shape[0] - (inputs.cu_q_lens.shape[0] - 1)
+    index = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    chunk = jnp.searchsorted(inputs.cu_q_lens[1:], index - num_decode, side="right").astype(jnp.int32)
+    sequence = jnp.minimum(jnp.where(index < num_decode, index, num_decode + chunk), inputs.kv_lens.shape[0] - 1)
+    capacity = cache.num_pages * cache.page_size
+    kv_lens = jnp.where(inputs.slots < capacity, inputs.positions + 1, 0)
+    rows = _Rows(tokens, inputs.positions, inputs.rope_lens, inputs.slots, sequence, kv_lens)
+
+    def one_block(pools: tuple[Pool, ...], rows: _Rows) -> tuple[tuple[Pool, ...], Array]:
+        slots = jnp.where(rows.kv_lens > 0, rows.slots, capacity)
+        table = inputs.page_table[rows.sequence]
+
+        def attend(pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Pool]:
+            pool = kv_cache.write(pool, k, v, slots)
+            # Splits would be cut by how long the other rows are.
+            options = _options(pool, a, sinks, backend) | {"num_splits": 1}
+            return paged_attention(q, pool.pages, table, rows.kv_lens, **options), pool
+
+        hidden, pools = hidden_states(params, rows.token_ids, rows.positions, rows.rope_lens, spec, pools, attend)
+        return pools, hidden
+
+    pools, hidden = carry_blocks(one_block, cache.pools, rows, kv_lens > 0)
+    wanted = in_blocks(lambda part: logits(params, part, spec), hidden[inputs.logit_rows], inputs.logit_rows >= 0)
+    return KVCache(pools), ForwardOutputs(wanted, hidden)
+
+
+def _options(pool: Pool, a: Attention, sinks: Array | None, backend: Backend) -> dict[str, Any]:
+    meaning = {"scale": a.scale, "window": a.window, "softcap": a.softcap, "sinks": sinks}
+    return meaning | {"scales": pool.scales, "backend": backend}
