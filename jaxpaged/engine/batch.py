@@ -48,11 +48,11 @@ def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]
 
     Steps that only decode come in 1, 4, 16, doublings and the middles between those from 16 to 64 (without them 64
     requests of mixed lengths took 5 % longer on a CPU); steps with chunks have either no decode row or all of them, and
-    64, 512, ... chunk tokens.
+    64, 192, 512, ... chunk tokens.
     """
     rows = {n for n in (1, 4, 16, 24, 32, 48, 64, 128, 256, 512, 1024) if n < max_num_seqs} | {max_num_seqs}
     decode = [Bucket(n, 0, 0) for n in sorted(rows)]
-    sizes = {n for n in (64, 512, 2048, 8192, 32768) if n < max_num_batched_tokens} | {max_num_batched_tokens}
+    sizes = {n for n in (64, 192, 512, 2048, 8192, 32768) if n < max_num_batched_tokens} | {max_num_batched_tokens}
     mixed = []
     for size in sorted(sizes):
         is_small = size <= 64 and size < max_num_batched_tokens  # the largest must hold as many chunks as there may be
