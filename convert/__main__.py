@@ -140,7 +140,7 @@ def _verify(source: Checkpoint, recipe: Recipe, folder: Path, dtype: np.dtype[np
     ours = load(
         source.path if reference is written else folder,
         dtype=dtype.name,
-        put=lambda path, leaf, array: jnp.asarray(array, jnp.float32),
+        put_for=lambda spec: lambda path, leaf, array: jnp.asarray(array, jnp.float32),
     )
     logits = np.asarray(apply(ours.params, jnp.asarray(tokens), ours.spec))
     found = compare(logits, reference_logits(reference, tokens, dtype.name))

@@ -26,6 +26,9 @@ from jaxpaged.model.spec import Decoder, from_json
 Put = Callable[[str, ParamSpec, Array], jax.Array]
 """put(path, param_spec, array) places one leaf; the array may be a view of what was read."""
 
+PutFor = Callable[[Decoder], Put]
+"""The `put` for a model whose spec has been read."""
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -54,16 +57,18 @@ class Recipe(NamedTuple):
     unread: frozenset[str] = frozenset()
 
 
-def load(path: str | Path, *, dtype: str = "auto", put: Put | None = None) -> LoadedModel:
+def load(path: str | Path, *, dtype: str = "auto", put_for: PutFor | None = None) -> LoadedModel:
     """Load a Hugging Face folder, a native folder, a GGUF file or a hub id.
 
+    `put_for(spec)` gives the function that places the leaves; left out, they go to the default device.
     `dtype` is "auto" (the checkpoint's; for quantised GGUF float32 on CPU, else bfloat16) or a name in `DTYPES`. Raises
     CheckpointError before any weight is read where the tensors do not fit the config.
     """
     checkpoint = open_checkpoint(path)
     recipe = recipe_for(checkpoint)
     shapes = dict(flatten(param_specs(recipe.spec)))
-    place = put or (lambda path, leaf, array: jax.device_put(array))  # jnp.asarray would copy once more
+    # jnp.asarray would copy once more
+    place = put_for(recipe.spec) if put_for else lambda path, leaf, array: jax.device_put(array)
     placed: dict[str, jax.Array] = {}
     for name, array in leaves(checkpoint, recipe, resolve_dtype(dtype, checkpoint)):
         # Waiting lets go of the host's copy before the next tensor is read.

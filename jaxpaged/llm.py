@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxpaged.config import EngineConfig
@@ -16,8 +17,9 @@ from jaxpaged.engine.engine import Engine, request_ids
 from jaxpaged.engine.intake import Prompt
 from jaxpaged.engine.report import OutputKind
 from jaxpaged.engine.tokenizer import Tokenizer, load_tokenizer
-from jaxpaged.errors import CheckpointError, RequestError
+from jaxpaged.errors import CheckpointError, ConfigError, RequestError
 from jaxpaged.model.params import Params
+from jaxpaged.model.sharding import Placement, ShardingRules, tensor_parallel
 from jaxpaged.model.spec import Decoder
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
@@ -35,21 +37,26 @@ class LLM:
         *,
         tokenizer: str | Path | Tokenizer | None = None,
         dtype: str = "auto",
+        mesh: Mesh | None = None,
+        sharding_rules: ShardingRules | None = None,
         config: EngineConfig | None = None,
         **settings: Any,
     ) -> None:
         """Load `model`: an HF or native directory, a .gguf file, a hub id, or (spec, params) already in memory.
 
         `tokenizer` is a folder or a `Tokenizer` where the model's own is not meant; `dtype` is the weights' (auto,
-        float32, bfloat16, float16). `settings` are the fields of `EngineConfig`, which may be given whole instead.
-        Raises CheckpointError and ConfigError, each with what to do.
+        float32, bfloat16, float16). `mesh` holds the devices to run on and `sharding_rules` say what is cut along which
+        of its axes; `tensor_parallel_size` among the settings makes a mesh of so many devices. `settings` are the
+        fields of `EngineConfig`, which may be given whole instead. Raises CheckpointError and ConfigError, each with
+        what to do.
         """
         config = config or EngineConfig(**settings)
+        placement = _placement(mesh, sharding_rules, config.tensor_parallel_size)
         eos_token_ids: frozenset[int] = frozenset()
         if isinstance(model, tuple):
             spec, params = model
         else:
-            loaded = load(model, dtype=dtype)
+            loaded = load(model, dtype=dtype, put_for=placement.put_for if placement is not None else None)
             spec, params = loaded.spec, loaded.params
             eos_token_ids = _eos_of(loaded.config)
             tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(loaded)
@@ -58,7 +65,13 @@ class LLM:
             if tokenizer is None:
                 raise CheckpointError(f"{folder} holds no tokenizer; name a folder with a tokenizer.json, or none")
         self.engine = Engine(
-            spec, params, config, tokenizer=tokenizer, eos_token_ids=tuple(eos_token_ids), show_progress=True
+            spec,
+            params,
+            config,
+            tokenizer=tokenizer,
+            eos_token_ids=tuple(eos_token_ids),
+            show_progress=True,
+            placement=placement,
         )
         self._ids = request_ids()
         self._inbox: dict[str, list[RequestOutput]] = {}  # outputs of requests that are being waited for
@@ -204,3 +217,15 @@ def _eos_of(config: Mapping[str, Any]) -> frozenset[int]:
     if named is None:
         return frozenset()
     return frozenset([named] if isinstance(named, int) else named)
+
+
+def _placement(mesh: Mesh | None, rules: ShardingRules | None, tensor_parallel_size: int) -> Placement | None:
+    """Where the model is to lie; None: on the default device."""
+    if mesh is None:
+        return None if tensor_parallel_size == 1 else tensor_parallel(tensor_parallel_size, rules)
+    if tensor_parallel_size != 1:
+        raise ConfigError(
+            f"a mesh of {mesh.devices.size} devices was given and tensor_parallel_size is {tensor_parallel_size}; "
+            "leave one of them out"
+        )
+    return Placement(mesh, rules or ShardingRules())

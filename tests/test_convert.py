@@ -150,7 +150,7 @@ def test_put_places_every_leaf_once(save: Save) -> None:
         placed[path] = array.shape
         return jnp.asarray(array)
 
-    model = load(save(), put=put)
+    model = load(save(), put_for=lambda spec: put)
     assert placed == {path: leaf.shape for path, leaf in flatten(model.params)}
 
 

@@ -30,8 +30,9 @@ from jaxpaged.engine.scoring import Scores
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.engine.weights import fitting
 from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestError
-from jaxpaged.model.params import Params
+from jaxpaged.model.params import Params, check_params
 from jaxpaged.model.sampling import Logprobs
+from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
 from jaxpaged.outputs import FinishReason, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
@@ -82,13 +83,17 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Seq[int] = (),
         show_progress: bool = False,
+        placement: Placement | None = None,
     ) -> None:
-        """Make the pool; with `config.warmup`, compile. Raises ConfigError where model, memory or config do not fit."""
+        """Make the pool; with `config.warmup`, compile. Raises ConfigError where model, memory or config do not fit.
+
+        With a `placement` weights and pool are cut over its mesh.
+        """
         self.config = config or EngineConfig()
         self.spec = spec
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids) | (tokenizer.eos_token_ids if tokenizer else frozenset())
-        self.runner = Runner(spec, params, self.config)
+        self.runner = Runner(spec, params, self.config, placement)
         self.max_model_len = self.runner.max_model_len
         cache = self.runner.cache
         self._host = HostTier(self.runner.num_host_pages, self.runner.min_host_pages)
@@ -268,7 +273,9 @@ class Engine:
         """
         if policy not in get_args(UpdatePolicy):
             raise ConfigError(f"policy is {policy!r}; known: {', '.join(get_args(UpdatePolicy))}")
-        self.runner.params = fitting(params, self.runner.params, self.spec)
+        if self.runner.placement is not None and not check_params(self.spec, params):
+            params = self.runner.placement.place(params, self.spec)
+        self.runner.params = fitting(params, self.runner.params, self.runner.spec)
         self.runner.param_version += 1
         self.pool.reset_prefix_cache()
         if policy == "recompute":

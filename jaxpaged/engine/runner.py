@@ -41,6 +41,7 @@ from jaxpaged.model.cache import (
 )
 from jaxpaged.model.params import Params, check_params
 from jaxpaged.model.sampling import Edits, Logprobs, SamplingInputs, StepOutputs
+from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
 from jaxpaged.model.step import ForwardOutputs, StepInputs, forward
 
@@ -73,14 +74,18 @@ class InFlight(NamedTuple):
 class Runner:
     """Compiles, dispatches and reads steps."""
 
-    def __init__(self, spec: Decoder, params: Params, config: EngineConfig) -> None:
+    def __init__(self, spec: Decoder, params: Params, config: EngineConfig, placement: Placement | None = None) -> None:
         """Take the weights and make the pool; sleep where `params` are shapes only. ConfigError where either does not
-        fit.
+        fit. With a placement both lie on its mesh; the weights are then those of `placement.fit(spec)`.
         """
-        if problems := check_params(spec, params):
+        if placement is not None and config.batch_invariant:
+            raise ConfigError("batch_invariant has been proven for one device only; leave it or the mesh out")
+        self.placement = placement
+        self.spec = spec if placement is None else placement.fit(spec)
+        if (problems := check_params(spec, params)) and (self.spec == spec or check_params(self.spec, params)):
             raise ConfigError("params do not fit the spec: " + "; ".join(problems))
-        self.spec = spec
-        self.params = params
+        self.params = params if placement is None else placement.place(params, spec)
+        spec = self.spec
         self.param_version = 0
         self.num_compilations = 0
         on_cpu = jax.default_backend() == "cpu"
@@ -94,7 +99,7 @@ class Runner:
         num_pages = fit.check(config.num_pages) if config.num_pages else fit.most(self._affordable_pages(config))
         self.max_model_len = _fitting_model_len(spec, config, num_pages)
         self.max_pages = -(-self.max_model_len // config.page_size)
-        self.cache = cache_shapes(spec, num_pages, config.page_size, dtype)
+        self.cache = self._cache_shapes(num_pages, config.page_size, dtype)
         if self.has_params:
             self.wake()
         self.num_host_pages = self._host_pages(config)
@@ -234,13 +239,52 @@ class Runner:
     def _compile(self, key: tuple[str, int | Bucket], function: Any, *shapes: Any) -> Callable[..., Any]:
         """The function compiled for these shapes, now or before."""
         if key not in self._compiled:
-            self._compiled[key] = function.lower(*shapes).compile()
+            self._compiled[key] = function.lower(*jax.tree.map(self._on_mesh, shapes)).compile()
             self.num_compilations += 1
         return self._compiled[key]
 
+    def _jit(self, function: Callable[..., Any], outputs: Any, donate: int | None = None) -> Any:
+        """`function` to be compiled, its `outputs` (a prefix of them, in shardings) where later calls expect them."""
+        donated = () if donate is None else (donate,)
+        if self.placement is None:
+            return jax.jit(function, donate_argnums=donated)
+        return jax.jit(function, donate_argnums=donated, out_shardings=outputs)
+
+    def _on_mesh(self, shape: Any) -> Any:
+        """A shape that does not say where it lies: a copy on every device."""
+        if self.placement is None or not isinstance(shape, jax.ShapeDtypeStruct) or shape.sharding is not None:
+            return shape
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=self.placement.sharding())
+
+    def _cache_shapes(self, num_pages: int, page_size: int, dtype: Any) -> KVCache:
+        """What the cache is, and where it lies: no device ever holds more of it than its part."""
+        shapes = cache_shapes(self.spec, num_pages, page_size, dtype)
+        if self.placement is None:
+            return shapes
+
+        def placed(shape: Any, sharding: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+        return KVCache(jax.tree.map(placed, shapes.pools, self.placement.cache_shardings(shapes.pools)))
+
+    @property
+    def _copies(self) -> Any:
+        """The sharding of what every device has a copy of."""
+        return None if self.placement is None else self.placement.sharding()
+
+    @property
+    def _cut_logits(self) -> Any:
+        return None if self.placement is None else self.placement.sharding(None, "vocab")
+
+    @property
+    def _cache_shardings(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.cache)
+
     def _forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, ForwardOutputs]]:
-        step = partial(forward, spec=self.spec, attention_backend=self.attention_backend)
-        function = jax.jit(partial(step, batch_invariant=self.batch_invariant), donate_argnums=1)
+        step = partial(forward, spec=self.spec, attention_backend=self.attention_backend, placement=self.placement)
+        step = partial(step, batch_invariant=self.batch_invariant)
+        outputs = (self._cache_shardings, ForwardOutputs(self._cut_logits, self._copies))
+        function = self._jit(step, outputs, donate=1)
         tokens, rows = bucket.num_tokens, bucket.num_rows
         inputs = StepInputs(
             token_ids=_shape(tokens),
@@ -256,9 +300,14 @@ class Runner:
         return self._compile(("forward", bucket), function, self.params, self.cache, inputs, self._nothing_sampled)
 
     def _sample(self, rows: int) -> Callable[..., StepOutputs]:
+        placement = self.placement
+
         def padded(raw: jax.Array, edited: jax.Array, inputs: SamplingInputs) -> StepOutputs:
             """All buckets give as many tokens, so that the next step's shape does not depend on this one's."""
-            outputs = (sampling.sample_in_blocks if self.batch_invariant else sampling.sample)(raw, edited, inputs)
+            sample = (
+                sampling.sample_in_blocks if self.batch_invariant else partial(sampling.sample, placement=placement)
+            )
+            outputs = sample(raw, edited, inputs)
             return outputs._replace(tokens=jnp.pad(outputs.tokens, (0, self._max_rows - rows)))
 
         inputs = SamplingInputs(
@@ -271,29 +320,38 @@ class Runner:
             want_logprobs=_shape(dtype=np.bool_),
             score_temperature=_shape(rows, dtype=np.float32),
         )
-        return self._compile(("sample", rows), jax.jit(padded), self._logits(rows), self._logits(rows), inputs)
+        return self._compile(
+            ("sample", rows), self._jit(padded, self._copies), self._logits(rows), self._logits(rows), inputs
+        )
 
     def _edit(self, rows: int) -> Callable[..., jax.Array]:
         count = batch.EDITS_PER_CALL
         edits = Edits(_shape(count), _shape(count), _shape(count, dtype=np.float32), _shape(count, dtype=np.float32))
-        return self._compile(("edit", rows), jax.jit(sampling.edit), self._logits(rows), edits)
+        return self._compile(("edit", rows), self._jit(sampling.edit, self._cut_logits), self._logits(rows), edits)
 
     def _restrict(self, rows: int) -> Callable[..., jax.Array]:
         allowed = _shape(rows, -(-self.spec.vocab_size // 32), dtype=np.uint32)
-        return self._compile(("restrict", rows), jax.jit(sampling.restrict), self._logits(rows), allowed)
+        return self._compile(
+            ("restrict", rows), self._jit(sampling.restrict, self._cut_logits), self._logits(rows), allowed
+        )
 
     def _prompt_logprobs(self, tokens: int) -> Callable[..., Logprobs]:
-        function = jax.jit(partial(sampling.prompt_logprobs, spec=self.spec, batch_invariant=self.batch_invariant))
+        found = partial(sampling.prompt_logprobs, spec=self.spec, placement=self.placement)
+        function = self._jit(partial(found, batch_invariant=self.batch_invariant), self._copies)
         hidden = jax.ShapeDtypeStruct((tokens, self.spec.dim), self.params["embed"]["w"].dtype)
         rows = _shape(_PROMPT_ROWS)
         return self._compile(("prompt_logprobs", tokens), function, self.params, hidden, rows, rows)
 
     def _scrub(self) -> Callable[..., KVCache]:
-        return self._compile(("scrub", 0), jax.jit(scrub, donate_argnums=0), self.cache, _shape(self.max_pages))
+        return self._compile(
+            ("scrub", 0), self._jit(scrub, self._cache_shardings, donate=0), self.cache, _shape(self.max_pages)
+        )
 
     def _copy_pages(self) -> Callable[..., KVCache]:
         pages = _shape(batch.COPIES_PER_CALL)
-        return self._compile(("copy", 0), jax.jit(copy_pages, donate_argnums=0), self.cache, pages, pages)
+        return self._compile(
+            ("copy", 0), self._jit(copy_pages, self._cache_shardings, donate=0), self.cache, pages, pages
+        )
 
     def _read_pages(self) -> Callable[..., Any]:
         """Reads into pinned memory of the host where the device has a way there, so that nobody waits for the copy."""
@@ -308,11 +366,11 @@ class Runner:
     def _write_pages(self) -> Callable[..., KVCache]:
         count = batch.MOVES_PER_CALL
         pages = jax.tree.map(lambda leaf: _shape(count, *leaf.shape[1:], dtype=leaf.dtype), self.cache.pools)
-        function = jax.jit(write_pages, donate_argnums=0)
+        function = self._jit(write_pages, self._cache_shardings, donate=0)
         return self._compile(("write_pages", 0), function, self.cache, _shape(count), pages)
 
     def _logits(self, rows: int) -> Any:
-        return _shape(rows, self.spec.vocab_size, dtype=np.float32)
+        return jax.ShapeDtypeStruct((rows, self.spec.vocab_size), np.float32, sharding=self._cut_logits)
 
     def _host_pages(self, config: EngineConfig) -> int:
         """Pages that fit the memory of the host's share. Raises ConfigError where none does, or it is not there."""
@@ -331,13 +389,15 @@ class Runner:
 
     def _affordable_pages(self, config: EngineConfig) -> int:
         """Pages that fit the device's free memory, and no more than all sequences at full length can use."""
-        stats = jax.local_devices()[0].memory_stats()
+        here = jax.local_devices()[0] if self.placement is None else self.placement.mesh.devices.flat[0]
+        stats = here.memory_stats()
         if stats and "bytes_limit" in stats:
             budget = int(stats["bytes_limit"] * (config.memory_utilization - _COMPILE_RESERVE)) - stats["bytes_in_use"]
         else:
             budget = min(int(_free_host_memory() * config.memory_utilization), _CPU_POOL_BYTES)
         useful = config.max_num_seqs * -(-(config.max_model_len or self.spec.max_positions) // config.page_size) + 1
-        affordable = max(budget, 0) // self.page_bytes
+        shards = 1 if self.placement is None or here.platform == "cpu" else self.placement.num_shards("kv_heads")
+        affordable = max(budget, 0) * shards // self.page_bytes
         if affordable < 2:
             raise ConfigError(
                 f"a page takes {self.page_bytes:,} bytes but {max(budget, 0):,} are free for the pool; "

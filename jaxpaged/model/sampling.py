@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxpaged.model.blocks import in_blocks
 from jaxpaged.model.decoder import logits as head_logits
 from jaxpaged.model.params import Params
+from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
 
 MAX_LOGPROBS = 20  # most alternatives per token, as in vLLM
@@ -80,8 +81,13 @@ def restrict(logits: Float[Array, "R V"], allowed: UInt32[Array, "R words"]) -> 
     return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
 
 
-def sample(raw: Float[Array, "R V"], edited: Float[Array, "R V"], inputs: SamplingInputs) -> StepOutputs:
-    """One token per row drawn from `edited` (the same array as `raw` where nothing was edited)."""
+def sample(
+    raw: Float[Array, "R V"], edited: Float[Array, "R V"], inputs: SamplingInputs, placement: Placement | None = None
+) -> StepOutputs:
+    """One token per row drawn from `edited` (the same array as `raw` where nothing was edited).
+
+    With a `placement` (static) the logits are cut over its mesh, and stay so.
+    """
     num_rows = raw.shape[0]
     top = jnp.max(edited, -1)
     # The first of the largest. XLA's argmax compares pairs and does not vectorise on CPU: 3 times as slow.
@@ -98,7 +104,7 @@ def sample(raw: Float[Array, "R V"], edited: Float[Array, "R V"], inputs: Sampli
     )
     found = lax.cond(
         inputs.want_logprobs,
-        lambda raw, tokens: logprobs_of(raw / inputs.score_temperature[:, None], tokens),
+        lambda raw, tokens: logprobs_of(raw / inputs.score_temperature[:, None], tokens, placement),
         lambda *_: nothing,
         raw,
         tokens,
@@ -119,13 +125,31 @@ def sample_in_blocks(raw: Float[Array, "R V"], edited: Float[Array, "R V"], inpu
     return outputs
 
 
-def logprobs_of(logits: Float[Array, "R V"], tokens: Int[Array, " R"]) -> Logprobs:
+def logprobs_of(logits: Float[Array, "R V"], tokens: Int[Array, " R"], placement: Placement | None = None) -> Logprobs:
     """Log probabilities of `tokens` and of the likeliest tokens of every row."""
     total = jax.nn.logsumexp(logits, -1)
     chosen = jnp.take_along_axis(logits, tokens[:, None], 1)
     rank = 1 + jnp.sum(logits > chosen, -1, dtype=jnp.int32)
-    top, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
-    return Logprobs(chosen[:, 0] - total, rank, ids.astype(jnp.int32), top - total[:, None])
+    top, ids = _top(logits, min(MAX_LOGPROBS, logits.shape[1]), placement)
+    return Logprobs(chosen[:, 0] - total, rank, ids, top - total[:, None])
+
+
+def _top(
+    logits: Float[Array, "R V"], count: int, placement: Placement | None
+) -> tuple[Float[Array, "R N"], Int[Array, "R N"]]:
+    """The largest logits and whose they are; on a mesh each device finds its own first, and only those move."""
+    if placement is None or (axis := placement.rules.vocab) is None:
+        top, ids = lax.top_k(logits, count)
+        return top, ids.astype(jnp.int32)
+    cut = placement.partition(None, "vocab")
+
+    def own(part: Array) -> tuple[Array, Array]:
+        top, ids = lax.top_k(part, min(count, part.shape[1]))
+        return top, ids.astype(jnp.int32) + lax.axis_index(axis) * part.shape[1]
+
+    top, ids = jax.shard_map(own, mesh=placement.mesh, in_specs=cut, out_specs=(cut, cut))(logits)
+    top, where = lax.top_k(top, count)
+    return top, jnp.take_along_axis(ids, where, 1)
 
 
 def prompt_logprobs(
@@ -135,10 +159,11 @@ def prompt_logprobs(
     targets: Int[Array, " R"],
     spec: Decoder,
     batch_invariant: bool = False,
+    placement: Placement | None = None,
 ) -> Logprobs:
     """Log probabilities of `targets` after the tokens at `rows` of a step's hidden states."""
     if not batch_invariant:
-        return logprobs_of(head_logits(params, hidden[rows], spec), targets)
+        return logprobs_of(head_logits(params, hidden[rows], spec), targets, placement)
     return logprobs_in_blocks(params, hidden[rows], targets, spec)
 
 

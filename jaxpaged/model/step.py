@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,7 @@ from jaxpaged.model.blocks import carry_blocks, in_blocks
 from jaxpaged.model.cache import KVCache, Pool
 from jaxpaged.model.decoder import hidden_states, logits
 from jaxpaged.model.params import Params
+from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Attention, Decoder
 
 
@@ -53,11 +55,13 @@ def forward(
     spec: Decoder,
     attention_backend: Backend = "auto",
     batch_invariant: bool = False,
+    placement: Placement | None = None,
 ) -> tuple[KVCache, ForwardOutputs]:
     """Write the step's keys and values to their pages and compute its logits. Pure; donate `cache`.
 
-    `sampled` are the tokens of the step before, read where `inputs.feedback` says so. `spec`, `attention_backend` and
-    `batch_invariant` are static. With the last, a token's numbers depend on the tokens before it alone.
+    `sampled` are the tokens of the step before, read where `inputs.feedback` says so. `spec` and what follows it are
+    static. With `batch_invariant` a token's numbers depend on the tokens before it alone; with a placement params and
+    cache lie on its mesh, and each device attends with its heads.
     """
     fed = sampled[jnp.clip(inputs.feedback, 0, sampled.shape[0] - 1)]
     tokens = jnp.where(inputs.feedback >= 0, fed, inputs.token_ids)
@@ -67,6 +71,23 @@ def forward(
     num_tokens = inputs.token_ids.shape[0]
 
     def attend(pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Pool]:
+        if placement is None:
+            return attend_here(pool, q, k, v, a, sinks, inputs)
+        heads, kv_heads = (placement.partition(None, axis, None) for axis in ("heads", "kv_heads"))
+        pools = placement.cache_partition(pool)
+        here: Any = jax.shard_map(
+            lambda pool, q, k, v, sinks, inputs: attend_here(pool, q, k, v, a, sinks, inputs),
+            mesh=placement.mesh,
+            in_specs=(pools, heads, kv_heads, kv_heads, placement.partition("heads"), placement.partition()),
+            out_specs=(heads, pools),
+            check_vma=False,  # a kernel's outputs do not say along which axes they vary
+        )
+        attended: tuple[Array, Pool] = here(pool, q, k, v, sinks, inputs)
+        return attended
+
+    def attend_here(
+        pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None, inputs: StepInputs
+    ) -> tuple[Array, Pool]:
         pool = kv_cache.write(pool, k, v, inputs.slots)
         table, lens = inputs.page_table, inputs.kv_lens
         options = _options(pool, a, sinks, attention_backend)

@@ -1,0 +1,93 @@
+"""Heads that devices can share equally: kv heads repeated where there are too few, empty ones added where too odd.
+
+A device holds some kv heads and as many query heads for each. With K kv heads of G query heads and N devices: each
+kv head is given R slots, each slot an equal part of its query heads, and slots are filled up to a multiple of N.
+R is the one that costs least. An empty head has weights of 0: its output is multiplied by rows of 0 and is nothing.
+
+    9 query and 3 kv heads on 2 devices      slots  k0 k1 | k2 --             with 3 query heads each
+    32 query and 8 kv heads on 16 devices    slots  k0 | k0 | k1 | ... | k7   with 2 query heads each
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged.model.params import flatten, param_specs
+from jaxpaged.model.spec import Decoder
+
+
+class HeadLayout(NamedTuple):
+    """For each head to be computed, in order, the model's head that it is; None: an empty one."""
+
+    q: tuple[int | None, ...]
+    kv: tuple[int | None, ...]
+
+
+@cache
+def head_layout(heads: int, kv_heads: int, num_shards: int) -> HeadLayout:
+    """The cheapest layout for so many devices; heads / kv_heads as they are where kv_heads divide equally."""
+    group = heads // kv_heads
+
+    def sizes(repeats: int) -> tuple[int, int]:
+        slots = -(-kv_heads * repeats // num_shards) * num_shards
+        return slots, -(-group // repeats)
+
+    def cost(repeats: int) -> tuple[int, int]:
+        slots, per_slot = sizes(repeats)
+        return slots * (per_slot + 2), repeats  # a head's columns of q and o; of k and v
+
+    repeats = min(range(1, group + 1), key=cost)
+    slots, per_slot = sizes(repeats)
+    q: list[int | None] = []
+    kv: list[int | None] = []
+    for slot in range(slots):
+        head, part = divmod(slot, repeats)
+        kv.append(head if head < kv_heads else None)
+        within = range(part * per_slot, (part + 1) * per_slot)
+        q += [head * group + i if head < kv_heads and i < group else None for i in within]
+    return HeadLayout(tuple(q), tuple(kv))
+
+
+def fit_heads(spec: Decoder, num_shards: int) -> Decoder:
+    """`spec` with the heads that are computed on so many devices; `spec` itself where they divide equally."""
+    layouts = [head_layout(b.mixer.heads, b.mixer.kv_heads, num_shards) for b in spec.blocks]
+    blocks = tuple(
+        replace(b, mixer=replace(b.mixer, heads=len(layout.q), kv_heads=len(layout.kv)))
+        for b, layout in zip(spec.blocks, layouts, strict=True)
+    )
+    return replace(spec, blocks=blocks)
+
+
+def fit_leaf(array: Any, path: str, spec: Decoder, num_shards: int) -> Any:
+    """The leaf at `path` of `spec`'s params as `fit_heads(spec, num_shards)` needs it, on host or device as it came."""
+    where, _, rest = path.partition(".")
+    if where != "layers":
+        return array
+    mixer = spec.blocks[int(rest.partition(".")[0])].mixer
+    layout = head_layout(mixer.heads, mixer.kv_heads, num_shards)
+    axes = dict(flatten(param_specs(spec)))[path].axes
+    for dim, logical in enumerate(axes):
+        if logical == "heads":
+            array = _take(array, dim, mixer.heads, layout.q)
+        elif logical == "kv_heads":
+            array = _take(array, dim, mixer.kv_heads, layout.kv)
+    return array
+
+
+def _take(array: Any, dim: int, num_heads: int, order: tuple[int | None, ...]) -> Any:
+    """The heads that lie along `dim`, one after another, in this order; zeros where it says None."""
+    if order == tuple(range(num_heads)):
+        return array
+    xp: Any = jnp if isinstance(array, jax.Array) else np
+    *before, size = array.shape[: dim + 1]
+    after = array.shape[dim + 1 :]
+    split = array.reshape(*before, num_heads, size // num_heads, *after)
+    padded = xp.concatenate([split, xp.zeros_like(xp.take(split, xp.asarray([0]), axis=dim))], axis=dim)
+    index = xp.asarray([num_heads if head is None else head for head in order])
+    return xp.take(padded, index, axis=dim).reshape(*before, -1, *after)
