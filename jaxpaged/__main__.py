@@ -1,4 +1,4 @@
-"""`jaxpaged COMMAND`: generate, chat, convert, bench. Every failure is one line `error: ...` and exit status 2."""
+"""`jaxpaged COMMAND`: generate, chat, serve, convert, bench. A failure is one line `error: ...` and exit status 2."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "generate": Command("jaxpaged.cli.generate", "complete prompts"),
     "chat": Command("jaxpaged.cli.chat", "talk with a model in the terminal"),
+    "serve": Command("jaxpaged.cli.serve", "serve a model through an OpenAI-compatible HTTP API"),
     "convert": Command("jaxpaged.convert.__main__", "convert a checkpoint to the native format, or back"),
     "bench": Command("jaxpaged.cli.bench", "measure where KV memory goes, and draw it"),
 }

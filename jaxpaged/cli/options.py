@@ -18,6 +18,7 @@ ALIASES = {
     "memory_utilization": "--gpu-memory-utilization",
     "page_size": "--block-size",
     "cache_dtype": "--kv-cache-dtype",
+    "max_num_queued_requests": "--max-num-queued-reqs",
 }
 """What vLLM calls the same flag."""
 

@@ -186,6 +186,18 @@ class AsyncEngine:
         """Run `function(engine)` in the engine's thread, between two steps; what it raises is raised here."""
         return await asyncio.wrap_future(self._send(function))
 
+    def describe(self) -> str:
+        """In one line, what room there is: sequences, length, pages."""
+        pool, config = self._engine.pool, self.config
+        return (
+            f"up to {config.max_num_seqs:,} sequences of up to {self.max_model_len:,} tokens, "
+            f"{pool.num_pages - 1:,} pages of {pool.page_size:,} tokens"
+        )
+
+    async def offload(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a function that takes its time, such as encoding a long text, beside the event loop and the engine."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, function, *args)
+
     @property
     def num_queued(self) -> int:
         """Requests that wait, as far as no free seat awaits them."""
@@ -246,8 +258,7 @@ class AsyncEngine:
         """The prompt's token ids, checked; a long prompt's are found in a thread of their own."""
         if len(request.prompt) <= _SHORT:
             return self._engine.encode(request.prompt, request.params)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoders, self._engine.encode, request.prompt, request.params)
+        return await self.offload(self._engine.encode, request.prompt, request.params)
 
     def _send(self, function: Callable[[Engine], T], num_requests: int = 0) -> Future[T]:
         future: Future[T] = Future()

@@ -1,0 +1,84 @@
+"""`jaxpaged serve`: an OpenAI-compatible HTTP API for one model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+
+from jaxpaged.cli.options import add_engine_arguments, engine_options
+from jaxpaged.errors import ConfigError
+
+MAX_NUM_QUEUED = 1_024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    add_engine_arguments(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8000, metavar="INT", help="0: any free one (default: %(default)s)")
+    group.add_argument(
+        "--served-model-name", nargs="+", metavar="TEXT", help="names to serve it under (default: MODEL)"
+    )
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what clients must send, one of several; also read from JAXPAGED_API_KEY (default: none)",
+    )
+    group.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        metavar="FLOAT",
+        help="seconds that requests under way have after SIGTERM (default: %(default)s)",
+    )
+    group.add_argument(
+        "--hang-timeout",
+        type=float,
+        default=8.0,
+        metavar="FLOAT",
+        help="seconds in one step after which /health says 503 (default: %(default)s)",
+    )
+    group.add_argument("--enable-admin", action="store_true", help="serve /pause, /resume and /reset_prefix_cache")
+    group.add_argument("--enable-log-requests", action="store_true", help="a line in the log for each request")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, listen, serve. Raises JaxpagedError where one of these cannot be done."""
+    if not 0 <= args.port < 1 << 16:
+        raise ConfigError(f"--port is {args.port:,}; it must be 0 to {(1 << 16) - 1:,}")
+    try:
+        from jaxpaged.server.app import App, ServerOptions
+        from jaxpaged.server.serve import listen, serve
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("jaxpaged"):
+            raise
+        raise ConfigError(f"{error.name} is not installed; run pip install 'jaxpaged[serve]'") from None
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("jaxpaged").setLevel(logging.INFO)
+    found = listen(args.host, args.port)  # first: loading takes long, and a port in use is known at once
+    from jaxpaged.server.async_engine import AsyncEngine
+
+    options = engine_options(args)
+    queued = options.pop("max_num_queued_requests", MAX_NUM_QUEUED)
+    engine = AsyncEngine.load(args.model, max_num_queued_requests=queued, **options)
+    keys = tuple(key for key in (*args.api_key, os.environ.get("JAXPAGED_API_KEY", "")) if key)
+    app = App(
+        engine,
+        ServerOptions(
+            models=tuple(args.served_model_name or [str(args.model)]),
+            api_keys=keys,
+            hang_timeout=args.hang_timeout,
+            enable_admin=args.enable_admin,
+            log_requests=args.enable_log_requests,
+        ),
+    )
+    host, port = found.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    print(f"{app.options.models[0]}: {engine.describe()}")
+    print(f"listening at http://{where}:{port}{'' if keys else ', no API key needed'}", flush=True)
+    return serve(engine, app, found, args.shutdown_timeout)

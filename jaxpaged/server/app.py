@@ -1,0 +1,317 @@
+"""The HTTP API as an ASGI application: who may come in, which route answers, what a failure looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from jaxpaged.engine.chat_template import Message
+from jaxpaged.engine.engine import Engine, EngineStats
+from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.errors import EngineDeadError, RequestError
+from jaxpaged.outputs import RequestOutput
+from jaxpaged.server import generation
+from jaxpaged.server.async_engine import AsyncEngine
+from jaxpaged.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
+from jaxpaged.server.faults import Fault, fault_of
+from jaxpaged.server.metrics import Metrics
+from jaxpaged.server.pool_view import PoolView
+from jaxpaged.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode,
+)
+
+log = logging.getLogger("jaxpaged")
+
+OPEN_PATHS = ("/health", "/ping")  # load balancers have no key
+
+Handler = Callable[[Exchange, bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the API behaves; how the engine does is its own config's."""
+
+    models: tuple[str, ...]  # names it answers to, the first of which it gives itself
+    api_keys: tuple[str, ...] = ()
+    hang_timeout: float = 8.0  # seconds in one step after which the engine is not healthy
+    body_timeout: float = 60.0
+    enable_admin: bool = False
+    log_requests: bool = False
+
+
+class App:
+    """Answers requests with one engine."""
+
+    def __init__(self, engine: AsyncEngine, options: ServerOptions) -> None:
+        self.engine, self.options = engine, options
+        self.metrics = Metrics(options.models[0])
+        self.draining = False
+        self.num_active = 0
+        """Requests that the engine works for."""
+        self._created = int(time.time())
+        self._pool_view = PoolView(engine)
+        self._page = files("jaxpaged.server").joinpath("static", "index.html").read_bytes()
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/": {"GET": self._index},
+            "/v1/models": {"GET": self._models},
+            "/v1/completions": {"POST": self._completions},
+            "/v1/chat/completions": {"POST": self._chat},
+            "/tokenize": {"POST": self._tokenize},
+            "/detokenize": {"POST": self._detokenize},
+            "/health": {"GET": self._health},
+            "/ping": {"GET": self._health, "POST": self._health},
+            "/version": {"GET": self._version},
+            "/metrics": {"GET": self._metrics},
+            "/load": {"GET": self._load},
+            "/pool": {"GET": self._pool},
+        }
+        if options.enable_admin:
+            self._routes |= {
+                "/reset_prefix_cache": {"POST": self._reset_prefix_cache},
+                "/pause": {"POST": self._pause},
+                "/resume": {"POST": self._resume},
+            }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. Whatever happens, it is answered once, unless the client has gone."""
+        exchange = Exchange(scope, receive, send)
+        try:
+            self._check_key(exchange)
+            handler = self._route(exchange)
+            if exchange.method != "POST":
+                await handler(exchange, b"")
+                return
+            if self.draining:
+                raise Fault(503, "the server is shutting down", headers={"Connection": "close"})
+            self.num_active += 1
+            try:
+                body = await exchange.body(self.options.body_timeout)
+                await _while_there(exchange, handler(exchange, body))
+            finally:
+                self.num_active -= 1
+        except ClientGone:
+            return
+        except Exception as error:
+            fault = fault_of(error)
+            if exchange.started:
+                await exchange.send_events(event(fault.as_object()))
+                await exchange.end_events()
+            else:
+                await exchange.reply(fault.as_json(), fault.status, headers=fault.headers)
+
+    def _check_key(self, exchange: Exchange) -> None:
+        """Every key is compared in full, whichever fits. A browser may send one as a password."""
+        if not self.options.api_keys or exchange.path in OPEN_PATHS:
+            return
+        given = _given_key(exchange.headers.get(b"authorization", b""))
+        if not sum(hmac.compare_digest(given, key.encode()) for key in self.options.api_keys):
+            challenge = 'Basic realm="jaxpaged", charset="UTF-8"' if exchange.path == "/" else "Bearer"
+            message = "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
+            raise Fault(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
+
+    def _route(self, exchange: Exchange) -> Handler:
+        methods = self._routes.get(exchange.path)
+        if methods is None:
+            raise Fault(404, f"there is no {exchange.path!r}")
+        handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
+        if handler is None:
+            allowed = ", ".join(methods)
+            raise Fault(405, f"{exchange.path} answers {allowed}, not {exchange.method}", headers={"Allow": allowed})
+        return handler
+
+    # Completions and chats
+
+    async def _completions(self, exchange: Exchange, body: bytes) -> None:
+        request = decode(_json(exchange, body), CompletionRequest)
+        model = self._model(request.model)
+        params = generation.completion_params(request)
+        prompts = generation.completion_prompts(request.prompt)
+        form = generation.CompletionForm(request, self.engine)
+        await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observe)
+
+    async def _chat(self, exchange: Exchange, body: bytes) -> None:
+        request = decode(_json(exchange, body), ChatRequest)
+        model = self._model(request.model)
+        params = generation.chat_params(request)
+        turn = request.add_generation_prompt is not False
+        text, token_ids = await self.engine.offload(self._encode_chat, request.messages, turn)
+        form = generation.ChatForm(request, self.engine)
+        prompts = [(token_ids, text)]
+        await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observe)
+
+    def _encode_chat(self, messages: Sequence[Message], turn: bool) -> tuple[str, list[int]]:
+        tokenizer = self._tokenizer()
+        text = tokenizer.render_chat(messages, add_generation_prompt=turn)
+        self._check_length(text, tokenizer)
+        return text, tokenizer.encode(text, add_special_tokens=False)
+
+    def _observe(self, output: RequestOutput, num_generated: int) -> None:
+        times = output.metrics
+        self.metrics.observe(output, num_generated)
+        if self.options.log_requests and times is not None and times.finished_time is not None:
+            log.info(
+                "%s: %d prompt tokens (%d cached), %d generated, %s, %.2f s",
+                output.request_id,
+                len(output.prompt_token_ids),
+                output.num_cached_tokens,
+                num_generated,
+                output.outputs[0].finish_reason,
+                times.finished_time - times.arrival_time,
+            )
+
+    # Tokens
+
+    async def _tokenize(self, exchange: Exchange, body: bytes) -> None:
+        request = decode(_json(exchange, body), TokenizeRequest)
+        self._model(request.model)
+        if (request.prompt is None) == (request.messages is None):
+            raise RequestError("give either prompt or messages")
+        if request.messages is not None:
+            turn = request.add_generation_prompt is not False
+            _, token_ids = await self.engine.offload(self._encode_chat, request.messages, turn)
+        else:
+            special = request.add_special_tokens is not False
+            token_ids = await self.engine.offload(self._encode, request.prompt, special)
+        reply: dict[str, Any] = {
+            "count": len(token_ids),
+            "max_model_len": self.engine.max_model_len,
+            "tokens": token_ids,
+        }
+        if request.return_token_strs:
+            reply["token_strs"] = [self._tokenizer().token_text(token) for token in token_ids]
+        await exchange.reply_json(reply)
+
+    async def _detokenize(self, exchange: Exchange, body: bytes) -> None:
+        request = decode(_json(exchange, body), DetokenizeRequest)
+        self._model(request.model)
+        vocab = self.engine.vocab_size
+        for token in request.tokens:
+            if not 0 <= token < vocab:
+                raise RequestError(f"tokens holds {token}; token ids of this model are 0 to {vocab - 1:,}")
+        text = await self.engine.offload(self._tokenizer().decode, request.tokens, False)
+        await exchange.reply_json({"prompt": text})
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        tokenizer = self._tokenizer()
+        self._check_length(text, tokenizer)
+        return tokenizer.encode(text, special)
+
+    def _check_length(self, text: str, tokenizer: Tokenizer) -> None:
+        """Before any time is spent on encoding what cannot be served."""
+        most = self.engine.max_model_len * tokenizer.longest_token
+        if len(text) > most:
+            raise RequestError(f"the prompt has {len(text):,} characters; at most {most:,} can fit the model's length")
+
+    # About the server
+
+    async def _index(self, exchange: Exchange, body: bytes) -> None:
+        headers = {
+            "Cache-Control": "no-cache",
+            "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'",
+        }
+        await exchange.reply(self._page, kind="text/html; charset=utf-8", headers=headers)
+
+    async def _models(self, exchange: Exchange, body: bytes) -> None:
+        limits = {"max_model_len": self.engine.max_model_len}
+        common = {"object": "model", "created": self._created, "owned_by": "jaxpaged"} | limits
+        models = [{"id": name} | common for name in self.options.models]
+        await exchange.reply_json({"object": "list", "data": models})
+
+    async def _health(self, exchange: Exchange, body: bytes) -> None:
+        problem = self.engine.problem(self.options.hang_timeout)
+        if problem is not None:
+            raise Fault(503, problem)
+        if self.draining:
+            raise Fault(503, "the server is shutting down")
+        await exchange.reply(b"")
+
+    async def _version(self, exchange: Exchange, body: bytes) -> None:
+        await exchange.reply_json({"version": version("jaxpaged")})
+
+    async def _metrics(self, exchange: Exchange, body: bytes) -> None:
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        await exchange.reply(self.metrics.text(await self.stats()), kind=kind)
+
+    async def _load(self, exchange: Exchange, body: bytes) -> None:
+        await exchange.reply_json({"server_load": self.engine.num_open})
+
+    async def _pool(self, exchange: Exchange, body: bytes) -> None:
+        await exchange.reply(await self._pool_view.as_json())
+
+    async def stats(self) -> EngineStats | None:
+        """The engine's counts; None where it has not given them within two seconds, or is dead."""
+        try:
+            return await asyncio.wait_for(self.engine.stats(), 2.0)
+        except (TimeoutError, EngineDeadError):
+            return None
+
+    # For the operator
+
+    async def _reset_prefix_cache(self, exchange: Exchange, body: bytes) -> None:
+        await self.engine.call(Engine.reset_prefix_cache)
+        await exchange.reply(b"")
+
+    async def _pause(self, exchange: Exchange, body: bytes) -> None:
+        await self.engine.pause()
+        await exchange.reply(b"")
+
+    async def _resume(self, exchange: Exchange, body: bytes) -> None:
+        await self.engine.resume()
+        await exchange.reply(b"")
+
+    def _model(self, name: str | None) -> str:
+        if name and name not in self.options.models:
+            known = ", ".join(self.options.models)
+            raise Fault(404, f"there is no model {name!r}; known: {known}", code="model_not_found")
+        return name or self.options.models[0]
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.engine.tokenizer is None:
+            raise RequestError("the model came without a tokenizer; give prompts to /v1/completions as token ids")
+        return self.engine.tokenizer
+
+
+async def _while_there(exchange: Exchange, work: Awaitable[None]) -> None:
+    """Do the work until the client goes away."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(exchange.until_gone())
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        working.result()
+    finally:
+        gone.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.wait((working,))
+
+
+def _json(exchange: Exchange, body: bytes) -> bytes:
+    """Only JSON that says so: browsers ask before they let a foreign page send that."""
+    kind = exchange.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if kind != b"application/json":
+        raise Fault(415, f"the body is {kind.decode('latin-1') or 'of no type'}; send `Content-Type: application/json`")
+    return body
+
+
+def _given_key(header: bytes) -> bytes:
+    scheme, _, value = header.partition(b" ")
+    if scheme.lower() == b"basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except binascii.Error:
+            return b""
+    return value.strip() if scheme.lower() == b"bearer" else b""

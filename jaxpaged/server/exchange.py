@@ -1,0 +1,97 @@
+"""One HTTP request and its answer: the body, bounded; JSON or a stream of events back. Knows no endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+import msgspec
+
+from jaxpaged.server.faults import Fault
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+MAX_BODY = 8 << 20
+
+JSON = "application/json"
+
+
+class ClientGone(Exception):
+    """Nobody is there to be answered."""
+
+
+class Exchange:
+    """Reads one request, writes one answer."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.started = False
+        self._receive, self._send = receive, send
+
+    async def body(self, timeout: float) -> bytes:
+        """The whole body, counted while it comes. Raises Fault 413 or 408, and ClientGone."""
+        announced = self.headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > MAX_BODY:
+            raise _too_large(int(announced))
+        pieces, size, more = [], 0, True
+        try:
+            async with asyncio.timeout(timeout):
+                while more:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    pieces.append(message.get("body", b""))
+                    size += len(pieces[-1])
+                    more = message.get("more_body", False)
+                    if size > MAX_BODY:
+                        raise _too_large(size)
+        except TimeoutError:
+            raise Fault(408, f"the body did not come within {timeout:g} s", headers={"Connection": "close"}) from None
+        return b"".join(pieces)
+
+    async def until_gone(self) -> None:
+        """Returns when the client goes away."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def reply(
+        self, body: bytes, status: int = 200, kind: str = JSON, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Answer with one body."""
+        await self._start(status, {"Content-Type": kind, "Content-Length": str(len(body))} | dict(headers or {}))
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def reply_json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        """Answer with one JSON value."""
+        await self.reply(msgspec.json.encode(value), status, headers=headers)
+
+    async def start_events(self) -> None:
+        """Begin a stream of server-sent events; proxies are asked not to hold them back."""
+        await self._start(200, {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
+
+    async def send_events(self, data: bytes) -> None:
+        """Send events made by `event`; waits while the client reads slowly."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end_events(self) -> None:
+        """End the stream as OpenAI's clients expect it."""
+        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _start(self, status: int, headers: Mapping[str, str]) -> None:
+        self.started = True
+        encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def _too_large(size: int) -> Fault:
+    return Fault(413, f"the body has {size:,} bytes or more; at most {MAX_BODY:,} are taken")

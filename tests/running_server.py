@@ -1,0 +1,57 @@
+"""A server in this process: its socket is real, its engine can be looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+from jaxpaged.engine.engine import Engine
+from jaxpaged.server.app import App, ServerOptions
+from jaxpaged.server.async_engine import AsyncEngine
+from jaxpaged.server.serve import listen, make_server
+
+SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "num_pages": 129, "page_size": 4, "warmup": False}
+
+
+class RunningServer(NamedTuple):
+    url: str
+    app: App
+    engine: AsyncEngine
+    inner: Engine
+    http: httpx.Client
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def pages_held(self) -> int:
+        """Once nothing runs."""
+        deadline = time.monotonic() + 20
+        while (stats := self.inner.stats()).num_running or stats.num_waiting or self.engine.num_open:
+            assert time.monotonic() < deadline, stats
+            time.sleep(0.005)
+        return stats.pages_held
+
+
+@contextmanager
+def running(folder: Path, *, queued: int | None = None, **options: Any) -> Iterator[RunningServer]:
+    engine = AsyncEngine.load(folder, max_num_queued_requests=queued, **SMALL)
+    app = App(engine, ServerOptions(models=("tiny", "tiny-too"), **options))
+    server, found = make_server(app), listen("127.0.0.1", 0)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[found])))
+    thread.start()
+    url = f"http://127.0.0.1:{found.getsockname()[1]}"
+    with httpx.Client(base_url=url, timeout=60) as http:
+        try:
+            yield RunningServer(url, app, engine, engine._engine, http)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            engine.stop()
+            assert not thread.is_alive()

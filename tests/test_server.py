@@ -1,0 +1,275 @@
+"""The HTTP API over loopback: what OpenAI's own client gets, and that it is what the engine says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import openai
+import pytest
+from running_server import running
+from tiny_chat_model import write_chat_model
+
+GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 6}
+HELLO = [{"role": "user", "content": "ban"}]
+RENDERED = "user:ban\nassistant:"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_chat_model(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with running(folder, enable_admin=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def no_page_is_leaked(server):
+    yield
+    assert server.pages_held() == 0
+
+
+def ids(server, text):
+    return server.engine.tokenizer.encode(text)
+
+
+# Completions
+
+
+def test_completion_is_the_engines(server, client):
+    answer = client.completions.create(prompt="ban", **GREEDY)
+    (choice,) = answer.choices
+    assert answer.object == "text_completion" and answer.model == "tiny" and answer.id.startswith("cmpl-")
+    assert choice.finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids(server, "ban")), 6)
+    raw = client.completions.create(prompt="ban", extra_body={"return_token_ids": True}, **GREEDY).choices[0]
+    assert server.engine.tokenizer.decode(raw.token_ids) == choice.text
+    assert raw.prompt_token_ids == ids(server, "ban")
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_several_prompts_are_answered_in_their_order(server, client, as_ids):
+    texts = ["ban", "an 12", "123"]
+    prompts = [ids(server, text) for text in texts] if as_ids else texts
+    together = client.completions.create(prompt=prompts, n=2, **GREEDY)
+    alone = [client.completions.create(prompt=text, **GREEDY).choices[0].text for text in texts]
+    assert [choice.index for choice in together.choices] == list(range(6))
+    assert [choice.text for choice in together.choices] == [text for text in alone for _ in range(2)]
+
+
+def test_one_prompt_of_token_ids(server, client):
+    by_ids = client.completions.create(prompt=ids(server, "ban"), **GREEDY).choices[0].text
+    assert by_ids == client.completions.create(prompt="ban", **GREEDY).choices[0].text
+
+
+def test_streamed_pieces_add_up_and_usage_comes_last(client):
+    whole = client.completions.create(prompt=["ban", "123"], n=2, **GREEDY)
+    chunks = list(
+        client.completions.create(
+            prompt=["ban", "123"], n=2, stream=True, stream_options={"include_usage": True}, **GREEDY
+        )
+    )
+    texts = [""] * 4
+    reasons = {}
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        assert choice.index not in reasons
+        if choice.finish_reason:
+            reasons[choice.index] = choice.finish_reason
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == dict.fromkeys(range(4), "length")
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_scoring_as_lm_eval_asks_for_it(server):
+    tokens = ids(server, "banana 123")
+    asked = {"prompt": [tokens], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1234}
+    (choice,) = server.post("/v1/completions", model="tiny", **asked).json()["choices"]
+    found = choice["logprobs"]
+    expected = server.post("/v1/completions", model="tiny", prompt=[tokens], prompt_logprobs=1, max_tokens=1).json()
+    engine_says = expected["choices"][0]["prompt_logprobs"]
+    assert {len(found[name]) for name in found} == {len(tokens) + 1}
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+    for place, token in enumerate(tokens[1:], 1):
+        entry = engine_says[place]
+        assert found["token_logprobs"][place] == pytest.approx(entry[str(token)]["logprob"], abs=1e-4)
+        best = max(entry.values(), key=lambda e: e["logprob"])
+        top = found["top_logprobs"][place]
+        assert max(top.values()) == pytest.approx(best["logprob"], abs=1e-4)
+        assert (max(top, key=top.get) == found["tokens"][place]) == (entry[str(token)]["rank"] == 1)
+    assert choice["text"].startswith("banana 123")
+
+
+def test_echo_without_new_tokens(server):
+    asked = {"model": "tiny", "prompt": "banana", "echo": True, "logprobs": 0, "max_tokens": 0}
+    (choice,) = server.post("/v1/completions", **asked).json()["choices"]
+    assert choice["text"] == "banana" and choice["finish_reason"] == "length"
+    assert len(choice["logprobs"]["tokens"]) == len(ids(server, "banana"))
+    assert "".join(choice["logprobs"]["tokens"]) == "banana"
+
+
+def test_text_offsets_point_into_the_text(server):
+    asked = GREEDY | {"prompt": "banana 12", "echo": True, "logprobs": 2, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=asked) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    logprobs = [json.loads(line)["choices"][0]["logprobs"] for line in lines[:-1]]
+    tokens = [token for part in logprobs for token in part["tokens"]]
+    offsets = [offset for part in logprobs for offset in part["text_offset"]]
+    prompt = [(o, t) for o, t in zip(offsets, tokens, strict=True) if o < len("banana 12")]
+    assert all("banana 12"[offset:].startswith(token) for offset, token in prompt)
+    assert offsets == sorted(offsets) and len(tokens) == len(ids(server, "banana 12")) + 6
+
+
+# Chats
+
+
+def test_chat_renders_the_template(server, client):
+    answer = client.chat.completions.create(messages=HELLO, **GREEDY)
+    plain = client.completions.create(prompt=RENDERED, **GREEDY)
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", plain.choices[0].text)
+    assert answer.usage.prompt_tokens == plain.usage.prompt_tokens
+    assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
+
+
+def test_chat_streams_a_role_then_pieces_then_a_reason(client):
+    whole = client.chat.completions.create(messages=HELLO, **GREEDY).choices[0].message.content
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(messages=HELLO, stream=True, **GREEDY)]
+    assert (chunks[0].delta.role, chunks[0].delta.content) == ("assistant", "")
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == whole
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["length"]
+
+
+def test_chat_logprobs(server, client):
+    answer = client.chat.completions.create(messages=HELLO, logprobs=True, top_logprobs=3, **GREEDY)
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 6
+    for entry in content:
+        assert len(entry.top_logprobs) == 3
+        assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob)  # greedy
+        assert entry.top_logprobs[0].token == entry.token
+    assert (
+        bytes(byte for entry in content for byte in entry.bytes)
+        .decode(errors="replace")
+        .startswith(answer.choices[0].message.content[:1])
+    )
+
+
+def test_max_completion_tokens_bounds_and_without_it_the_models_length_does(server, client):
+    few = client.chat.completions.create(messages=HELLO, model="tiny", max_completion_tokens=3, temperature=0)
+    assert few.usage.completion_tokens <= 3
+    long = server.post("/v1/chat/completions", messages=HELLO, temperature=0, ignore_eos=True).json()
+    assert long["usage"]["total_tokens"] == server.engine.max_model_len
+
+
+def test_async_client_runs_many_at_once(server, client):
+    async def run():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            calls = [client.completions.create(prompt="ban" + "an" * i, **GREEDY) for i in range(12)]
+            return await asyncio.gather(*calls)
+
+    answers = asyncio.run(run())
+    alone = [client.completions.create(prompt="ban" + "an" * i, **GREEDY) for i in range(12)]
+    assert [a.choices[0].text for a in answers] == [a.choices[0].text for a in alone]
+
+
+# Parameters
+
+
+def test_seed_repeats_and_stop_stops(client):
+    drawn = {"model": "tiny", "prompt": "ban", "max_tokens": 12, "temperature": 1.5}
+    first, second, other = (client.completions.create(seed=seed, **drawn).choices[0].text for seed in (7, 7, 8))
+    assert first == second != other
+    stop = first[2:4]
+    stopped = client.completions.create(seed=7, stop=[stop], **drawn).choices[0]
+    assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == (first.split(stop)[0], "stop", stop)
+
+
+def test_vllms_extras_reach_the_engine(server, client):
+    plain = server.post("/v1/completions", prompt="ban", return_token_ids=True, **GREEDY).json()["choices"][0]
+    token = plain["token_ids"][0]
+    options = {"stop_token_ids": [token], "min_tokens": 0, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.0}
+    stopped = server.post("/v1/completions", prompt="ban", return_token_ids=True, **GREEDY | options).json()
+    assert (stopped["choices"][0]["token_ids"], stopped["choices"][0]["stop_reason"]) == ([token], token)
+    biased = client.completions.create(prompt="ban", logit_bias={str(token): -100}, logprobs=0, **GREEDY)
+    assert biased.choices[0].logprobs.tokens[0] != server.engine.tokenizer.token_text(token)
+    named = server.post("/v1/completions", prompt="ban", logprobs=0, return_tokens_as_token_ids=True, **GREEDY).json()
+    assert named["choices"][0]["logprobs"]["tokens"][0] == f"token_id:{token}"
+
+
+# The rest
+
+
+def test_models_version_load_and_health(server, client):
+    assert [model.id for model in client.models.list()] == ["tiny", "tiny-too"]
+    assert set(server.http.get("/version").json()) == {"version"}
+    assert server.http.get("/load").json() == {"server_load": 0}
+    assert server.http.get("/health").status_code == server.http.get("/ping").status_code == 200
+    assert server.http.head("/health").status_code == 200
+
+
+def test_tokenize_and_detokenize_are_inverse(server):
+    tokens = server.post("/tokenize", prompt="banana 12", return_token_strs=True).json()
+    assert tokens["tokens"] == ids(server, "banana 12") and tokens["count"] == len(tokens["tokens"])
+    assert "".join(tokens["token_strs"]) == "banana 12"
+    assert server.post("/detokenize", tokens=tokens["tokens"]).json() == {"prompt": "banana 12"}
+    assert server.post("/tokenize", messages=HELLO).json()["tokens"] == ids(server, RENDERED)
+
+
+def test_metrics_count_what_was_served(server, client):
+    def value(name):
+        lines = server.http.get("/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"jaxpaged:{name}{{"))
+
+    names = ("generation_tokens_total", "request_success_total", "time_to_first_token_seconds_count")
+    before = [value(name) for name in names]
+    client.completions.create(prompt="ban", n=2, **GREEDY)
+    list(client.completions.create(prompt="ban", stream=True, **GREEDY))
+    after = [value(name) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [18, 2, 2]
+    assert value("num_requests_running") == 0 and value("request_generation_tokens_sum") >= 18
+
+
+def test_admin_routes_pause_and_resume(server):
+    assert server.post("/pause").status_code == 200
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=GREEDY | {"prompt": "x"}, timeout=0.3)
+    assert server.post("/resume").status_code == 200
+    assert server.post("/reset_prefix_cache").status_code == 200
+    assert server.inner.stats().pages_cached == 0
+
+
+def test_page_and_its_picture_of_the_pool(server):
+    page = server.http.get("/")
+    assert page.headers["content-type"].startswith("text/html") and "<title>jaxpaged" in page.text
+    picture = server.http.get("/pool").json()
+    assert len(picture["pages"]) == picture["stats"]["pages_total"] == server.inner.stats().pages_total
+
+
+def test_keys_guard_every_route_but_health(folder):
+    with running(folder, api_keys=("one", "zwei-\u00fc")) as server:
+        for path in ("/", "/v1/models", "/metrics", "/pool", "/no/such/route", "//health", "/health/"):
+            assert server.http.get(path).status_code == 401, path
+        for path in ("/health", "/ping"):
+            assert server.http.get(path).status_code == 200
+        assert server.post("/v1/completions", prompt="ban").json()["error"]["code"] == "invalid_api_key"
+        for key, status in (("one", 200), ("zwei-\u00fc", 200), ("on", 401), ("x", 401), ("One", 401)):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert server.http.get("/v1/models", headers=headers).status_code == status, key
+        assert server.http.get("/", auth=("anybody", "one")).status_code == 200
+        assert server.http.get("/").headers["www-authenticate"].startswith("Basic ")
+        assert server.http.get("/pause").status_code == 401
+        assert server.http.post("/pause", auth=("", "one")).status_code == 404, "admin routes are off by default"
