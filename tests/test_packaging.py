@@ -59,7 +59,7 @@ def test_wheel_and_sdist_hold_every_source(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         files = {n for n in archive.namelist() if ".dist-info/" not in n}
     assert {n for n in files if n.endswith(".py")} == sources()
-    assert "jaxpaged/py.typed" in files
+    assert {"jaxpaged/py.typed", "jaxpaged/server/static/index.html"} <= files
     assert all(n.startswith("jaxpaged/") for n in files)
 
     (sdist,) = tmp_path.glob("*.tar.gz")
