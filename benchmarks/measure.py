@@ -64,6 +64,7 @@ def build(args: Namespace) -> LLM:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
     options = {name: getattr(args, name) for name in ENGINE_OPTIONS if getattr(args, name) is not None}
     options["enable_prefix_caching"] = args.enable_prefix_caching
+    options["batch_invariant"] = getattr(args, "batch_invariant", False)
     if not args.dummy:
         return LLM(str(model_path(args)), dtype=args.dtype, **options)
     config = SHAPES[args.dummy]
