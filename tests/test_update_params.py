@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shapes import SHAPES
 
 from jaxpaged import LLM, SamplingParams
+from jaxpaged.convert.families import FAMILIES
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.params import dummy_params
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
@@ -53,6 +57,60 @@ def test_the_engine_uses_the_given_arrays_themselves_and_compiles_nothing():
     after = generate(llm)
     assert after == generate(make(NEW))
     assert after != before
+    assert llm.engine.stats().num_compilations == compiled
+
+
+def swap_a_hundred_times(spec, trees, **settings):
+    """An engine at work on 32 requests while its weights go to and fro, a swap before each step."""
+    engine = LLM((spec, trees[0]), max_num_seqs=32, page_size=4, max_model_len=128, warmup=False, **settings).engine
+    for index in range(32):
+        prompt = np.random.default_rng(index).integers(0, spec.vocab_size, 3).tolist()
+        engine.add_request(f"busy {index}", prompt, SamplingParams(max_tokens=110, seed=index, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    compiled = engine.stats().num_compilations
+    for swap in range(1, 101):
+        engine.update_params(trees[swap % 2])
+        ours, given = jax.tree.leaves(engine.params), jax.tree.leaves(trees[swap % 2])
+        assert all(a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in zip(ours, given, strict=True))
+        engine.step()
+        assert engine.stats().num_running == 32
+    assert engine.stats().num_compilations == compiled
+    return engine
+
+
+def test_requests_after_a_hundred_swaps_at_full_load_are_answered_as_by_a_fresh_engine():
+    engine = swap_a_hundred_times(replace(SPEC, max_positions=128), (OLD, NEW), num_pages=1200)
+    engine.update_params(NEW)
+    assert [o.token_ids for o in run(engine)] == generate(make(NEW))
+
+
+@pytest.mark.slow
+def test_weights_of_smollm2s_shape_are_swapped_a_hundred_times_at_full_load():
+    config = SHAPES["smollm2-135m"]
+    spec = FAMILIES[config["model_type"]].spec(config)
+    first, second = (dummy_params(spec, seed) for seed in (1, 2))
+    engine = swap_a_hundred_times(
+        spec, (first, second), num_pages=1200, max_num_batched_tokens=128, batch_invariant=True
+    )
+    engine.update_params(second)
+    prompt, params = [1, 2, 3, 4, 5], SamplingParams(temperature=0, max_tokens=8, logprobs=0)
+    engine.add_request("after", prompt, params, output_kind="final")
+    after = next(o for _ in range(200) for o in engine.step() if o.request_id == "after")
+    fresh = LLM((spec, second), max_num_seqs=1, num_pages=16, page_size=4, warmup=False, batch_invariant=True)
+    (expected,) = fresh.generate([prompt], params, use_tqdm=False)
+    assert after.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert after.outputs[0].logprobs == expected.outputs[0].logprobs
+
+
+def test_weights_that_lie_on_another_device_are_moved_to_the_engines():
+    llm = make()
+    generate(llm)
+    compiled = llm.engine.stats().num_compilations
+    elsewhere = jax.device_put(NEW, jax.devices()[1])
+    llm.engine.update_params(elsewhere)
+    assert {leaf.sharding for leaf in jax.tree.leaves(llm.engine.params)} == {NEW["norm"]["w"].sharding}
+    assert generate(llm) == generate(make(NEW))
     assert llm.engine.stats().num_compilations == compiled
 
 

@@ -20,11 +20,19 @@ def fitting(new: Any, old: Params, spec: Decoder) -> Params:
     leaves, old_leaves = jax.tree.leaves(new), jax.tree.leaves(old)
     structure: Any = jax.tree.structure(new)
     old_structure: Any = jax.tree.structure(old)
-    if structure != old_structure or any(_kind(a) != _kind(b) for a, b in zip(leaves, old_leaves, strict=True)):
-        raise ConfigError("the new params do not fit: " + "; ".join(_misfits(new, old, spec)))
-    placed = [_placed(a, b) for a, b in zip(leaves, old_leaves, strict=True)]
-    params: Params = jax.tree.unflatten(structure, placed)
+    same = structure == old_structure
+    if not (same and all(map(_lies_as, leaves, old_leaves))):  # one look at each leaf: a swap should take no time
+        if not same or any(_kind(a) != _kind(b) for a, b in zip(leaves, old_leaves, strict=True)):
+            raise ConfigError("the new params do not fit: " + "; ".join(_misfits(new, old, spec)))
+        leaves = [_placed(a, b) for a, b in zip(leaves, old_leaves, strict=True)]
+    params: Params = jax.tree.unflatten(structure, leaves)
     return params
+
+
+def _lies_as(new: Any, old: jax.Array) -> bool:
+    if not isinstance(new, jax.Array) or new.shape != old.shape or new.dtype != old.dtype:
+        return False
+    return new.sharding is old.sharding or new.sharding == old.sharding
 
 
 def _kind(leaf: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -32,9 +40,7 @@ def _kind(leaf: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _placed(new: Any, old: jax.Array) -> jax.Array:
-    if isinstance(new, jax.Array) and new.sharding == old.sharding:
-        return new
-    placed: jax.Array = jax.device_put(new, old.sharding)
+    placed: jax.Array = new if _lies_as(new, old) else jax.device_put(new, old.sharding)
     return placed
 
 
