@@ -126,10 +126,8 @@ def sampling_row(rows: int, vocab: int, rates: Rates) -> dict[str, Any]:
         min_p=jnp.full(rows, 0.01, jnp.float32),
         seeds=jnp.asarray(np.stack([each, each], 1).astype(np.uint32)),
         positions=jnp.asarray(each.astype(np.int32)),
-        want_logprobs=jnp.asarray(False),
-        score_temperature=jnp.ones(rows, jnp.float32),
     )
-    run = trial.repeated(jax.jit(lambda x, i: sampling.sample(x, x, i).tokens), logits, inputs)
+    run = trial.repeated(jax.jit(lambda x, i: sampling.sample(x, i).tokens), logits, inputs)
     tokens = np.asarray(run(1))
     best = np.sort(np.asarray(logits), 1)[:, -50]
     if not (np.asarray(logits)[each, tokens] >= best).all():

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpaged.kernels import reference
+from jaxpaged.kernels.forward_only import forward_only
 from jaxpaged.kernels.tiles import Device, current_device, splits_for, tiles_for
 
 Backend = Literal["auto", "reference", "triton", "mosaic"]
@@ -142,17 +143,11 @@ _Op = Callable[..., Array]
 
 
 def _forward_only(op: _Op, *args: Array, **kwargs: Array | None) -> Array:
-    """`op` as it is, but for whoever asks for its derivative: a plain answer instead of one from deep inside."""
-    guarded = jax.custom_jvp(lambda args, kwargs: op(*args, **kwargs))
-
-    @guarded.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(
-            "paged attention has no gradient, for pages are written in place; "
-            "differentiate dense attention instead: jaxpaged.kernels.reference.attention, jaxpaged.model.decoder.apply"
-        )
-
-    result: Array = guarded(args, kwargs)
+    result: Array = forward_only(
+        op,
+        "paged attention has no gradient, for pages are written in place; "
+        "differentiate dense attention instead: jaxpaged.kernels.reference.attention, jaxpaged.model.decoder.apply",
+    )(*args, **kwargs)
     return result
 
 

@@ -70,6 +70,7 @@ _GPUS: dict[str, dict[str, Any]] = {
         "major": 8,
     },
 }
+_OURS = re.compile(r"\.visible \.entry (paged_attention|sampling)")
 _ARCHITECTURE = {"H200": "sm_90a", "A100": "sm_80"}
 
 
@@ -112,7 +113,7 @@ def compile_for(
     options = {"xla_dump_to": str(dump), "xla_dump_emitter_re": "ptx"}
     compiled = lowered.compile(compiler_options=options)
     memory = compiled.memory_analysis()
-    ours = [path for path in sorted(dump.glob("*.ptx")) if ".visible .entry paged_attention" in path.read_text()]
+    ours = [path for path in sorted(dump.glob("*.ptx")) if _OURS.search(path.read_text())]
     kernels = {k.name: k for k in (_inspect(path, gpu) for path in ours)}
     return Program(kernels, _launches(dump), memory.temp_size_in_bytes, memory.alias_size_in_bytes)
 

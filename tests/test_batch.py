@@ -230,15 +230,19 @@ def test_a_top_k_of_nothing_or_of_more_than_there_is_keeps_all(top_k: int) -> No
 
 def test_a_chunk_that_does_not_reach_the_end_asks_for_no_draw_and_no_logprobs() -> None:
     chunk = Chunk(sequence([1, 2, 3], temperature=1.0, top_p=0.5, logprobs=2), 0, 2, False)
-    inputs = batch.pack_sampling(Plan([], [chunk]), BUCKET, VOCAB)
-    assert not inputs.want_logprobs
+    plan = Plan([], [chunk])
+    inputs = batch.pack_sampling(plan, BUCKET, VOCAB)
+    assert batch.pack_score_temperature(plan, BUCKET) is None
     assert (inputs.temperature == 0).all()
     assert (inputs.top_p == 1).all()
 
 
 def test_logprobs_are_computed_where_any_row_wants_them() -> None:
     plan = Plan([Chunk(sequence([1]), 0, 1, True), Chunk(sequence([1], logprobs=0), 0, 1, True)], [])
-    assert batch.pack_sampling(plan, BUCKET, VOCAB).want_logprobs
+    assert batch.pack_score_temperature(Plan(plan.decodes[:1], []), BUCKET) is None
+    temperature = batch.pack_score_temperature(plan, BUCKET)
+    assert temperature is not None
+    assert (temperature == 1).all()
 
 
 # Edits and masks

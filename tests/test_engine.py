@@ -130,8 +130,8 @@ def test_requests_without_a_seed_differ_from_each_other(llm):
     assert a != b
 
 
-def test_logprobs_are_those_of_the_dense_model(llm):
-    params = SamplingParams(temperature=0.8, seed=3, max_tokens=8, logprobs=4)
+def test_logprobs_are_those_of_the_dense_model_whatever_bias_was_sampled_with(llm):
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=8, logprobs=4, logit_bias={9: 8.0})
     completion = run(llm, PROMPTS[1], params)
     tokens = list(PROMPTS[1])
     for token, entry in zip(completion.token_ids, completion.logprobs, strict=True):

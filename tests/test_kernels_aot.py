@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
 from jaxpaged.model.cache import cache_shapes
 from jaxpaged.model.params import map_specs
+from jaxpaged.model.sampling import SamplingInputs, sample
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
 from jaxpaged.model.step import StepInputs, forward
 
@@ -158,3 +159,18 @@ def test_a_mixed_step_runs_both_kernels_and_copies_no_pool(tmp_path):
     ]
     assert program.aliased_bytes == 2 * POOL_BYTES
     assert program.temporary_bytes < POOL_BYTES // 2
+
+
+SAMPLING = [(gpu, *shape) for gpu in ("H200", "A100") for shape in ((128256, 64), (262144, 1), (32001, 3), (50257, 16))]
+
+
+@pytest.mark.parametrize(("gpu", "vocab", "rows"), SAMPLING)
+def test_a_token_is_drawn_in_one_kernel_that_spills_nothing_and_nothing_waits_for_the_host(gpu, vocab, rows, tmp_path):
+    struct, floats = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((rows,), jnp.float32)
+    whole = struct((rows,), INT)
+    inputs = SamplingInputs(floats, whole, floats, floats, struct((rows, 2), jnp.uint32), whole)
+    program = aot.compile_for(gpu, sample, struct((rows, vocab), jnp.float32), inputs, dump=tmp_path)
+    assert sorted(program.kernels) == ["sampling_draw"]
+    assert program.kernels["sampling_draw"].spilled_bytes == 0
+    assert set(program.launches) <= {"kCommandBuffer", "kCustomKernel"}
+    assert program.launches["kCustomKernel"] <= 12

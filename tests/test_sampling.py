@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpaged.kernels import sampling as kernel
 from jaxpaged.model import sampling
-from jaxpaged.model.sampling import MAX_LOGPROBS, Edits, SamplingInputs, StepOutputs
+from jaxpaged.model.sampling import MAX_LOGPROBS, Edits, Sampled, SamplingInputs
 
 VOCABULARIES = [37, 300, 5000]
 
@@ -16,7 +17,7 @@ sample = jax.jit(sampling.sample)
 edit = jax.jit(sampling.edit)
 restrict = jax.jit(sampling.restrict)
 logprobs_of = jax.jit(sampling.logprobs_of)
-invert = jax.jit(sampling._invert)
+invert = jax.jit(kernel.invert)
 
 
 def inputs(rows: int, vocab: int, **given: object) -> SamplingInputs:
@@ -28,11 +29,9 @@ def inputs(rows: int, vocab: int, **given: object) -> SamplingInputs:
         "min_p": 0.0,
         "seeds": (1, 2),
         "positions": np.arange(rows),
-        "want_logprobs": False,
-        "score_temperature": 1.0,
     } | given
-    types = SamplingInputs(*[np.float32, np.int32, np.float32, np.float32, np.uint32, np.int32, np.bool_, np.float32])
-    shapes = SamplingInputs(*[(rows,)] * 4, (rows, 2), (rows,), (), (rows,))
+    types = SamplingInputs(*[np.float32, np.int32, np.float32, np.float32, np.uint32, np.int32])
+    shapes = SamplingInputs(*[(rows,)] * 4, (rows, 2), (rows,))
     return SamplingInputs(
         **{
             name: np.array(np.broadcast_to(np.asarray(value, getattr(types, name)), getattr(shapes, name)))
@@ -45,9 +44,9 @@ def logits_of(rows: int, vocab: int, seed: int = 0, scale: float = 2.0) -> np.nd
     return np.random.default_rng(seed).normal(size=(rows, vocab)).astype(np.float32) * np.float32(scale)
 
 
-def draw(logits: np.ndarray, **given: object) -> StepOutputs:
+def draw(logits: np.ndarray, **given: object) -> Sampled:
     logits = np.asarray(logits, np.float32)
-    return jax.device_get(sample(logits, logits, inputs(*logits.shape, **given)))
+    return jax.device_get(sample(logits, inputs(*logits.shape, **given)))
 
 
 # What stays
@@ -73,7 +72,7 @@ def ugly_rows(vocab: int) -> np.ndarray:
 @pytest.mark.parametrize("k", [1, 2, 5, 36, 37])
 def test_top_k_keeps_what_a_sort_would_and_all_ties(vocab: int, k: int) -> None:
     x = ugly_rows(vocab)
-    found = sampling._kth_largest(jnp.asarray(x), jnp.full(len(x), k, jnp.int32))
+    found = kernel.kth_largest(jnp.asarray(x), jnp.full(len(x), k, jnp.int32))
     np.testing.assert_array_equal(found, np.sort(x, -1)[:, -k])
 
 
@@ -81,7 +80,7 @@ def test_top_k_keeps_what_a_sort_would_and_all_ties(vocab: int, k: int) -> None:
 @pytest.mark.parametrize("p", [1e-30, 1e-3, 0.3, 0.5, 0.9, 0.999])
 def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_p(vocab: int, p: float) -> None:
     x = ugly_rows(vocab)
-    found = np.asarray(sampling._nucleus(jnp.asarray(x), jnp.full(len(x), p, jnp.float32)))[:, None]
+    found = np.asarray(kernel.nucleus(jnp.asarray(x), jnp.full(len(x), p, jnp.float32)))[:, None]
     weights = np.exp(x.astype(np.float64))
     share = np.where(x >= found, weights, 0).sum(-1) / weights.sum(-1)
     share_without_the_least = np.where(x > found, weights, 0).sum(-1) / weights.sum(-1)
@@ -92,7 +91,7 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_p(vocab: int, p: flo
 
 def test_top_p_of_1_keeps_everything() -> None:
     x = ugly_rows(37)
-    assert (np.asarray(sampling._nucleus(jnp.asarray(x), jnp.ones(len(x), jnp.float32))) == -np.inf).all()
+    assert (np.asarray(kernel.nucleus(jnp.asarray(x), jnp.ones(len(x), jnp.float32))) == -np.inf).all()
 
 
 # How often
@@ -177,7 +176,7 @@ def test_equal_logits_are_drawn_alike() -> None:
 def test_a_token_of_weight_zero_is_never_drawn() -> None:
     """Cumulative sums are added in a tree: past 128 blocks they rise by rounding where nothing is added."""
     rng = np.random.default_rng(0)
-    blocks = (rng.random((20, 384, sampling._BLOCK)) * (rng.random((20, 384, 1)) < 0.3)).astype(np.float32)
+    blocks = (rng.random((20, 384, kernel._BLOCK)) * (rng.random((20, 384, 1)) < 0.3)).astype(np.float32)
     sums = np.asarray(jax.jit(lambda x: jnp.cumsum(x.sum(-1), -1))(blocks))
     rises = (sums[:, 1:] > np.maximum.accumulate(sums, -1)[:, :-1]) & (blocks[:, 1:].sum(-1) == 0)
     rises[:, 0] = True  # there is something to try where a jax sums otherwise
@@ -236,7 +235,7 @@ def test_a_rows_draws_do_not_depend_on_its_batch() -> None:
             getattr(batch, name)[at] = value
         rows = others.copy()
         rows[at] = row
-        assert sample(rows, rows, batch).tokens[at] == alone
+        assert sample(rows, batch).tokens[at] == alone
 
 
 def test_same_seed_and_position_same_token_else_another_stream() -> None:
@@ -257,7 +256,7 @@ def test_same_seed_and_position_same_token_else_another_stream() -> None:
 def test_the_draw_does_not_depend_on_the_programs_default_generator() -> None:
     rows = logits_of(5, 41)  # a shape of its own: traced here, not taken from another test
     with jax.default_prng_impl("rbg"):
-        tokens = jax.jit(lambda *given: sampling.sample(*given).tokens)(rows, rows, inputs(5, 41))
+        tokens = jax.jit(lambda *given: sampling.sample(*given).tokens)(rows, inputs(5, 41))
     np.testing.assert_array_equal(tokens, draw(rows).tokens)
 
 
@@ -319,25 +318,13 @@ def test_logprobs_are_the_log_softmax_of_the_models_own_logits(vocab: int) -> No
     np.testing.assert_allclose(found.top, np.take_along_axis(expected, order, -1), atol=1e-5)
 
 
-def test_logprobs_come_from_raw_logits_though_edited_ones_are_sampled() -> None:
-    raw = logits_of(5, 300)
-    other = np.where(np.arange(300) == 17, raw, -np.inf).astype(np.float32)
-    outputs = sample(raw, other, inputs(5, 300, temperature=0.5, want_logprobs=True))
-    np.testing.assert_array_equal(outputs.tokens, 17)
-    for name, found in logprobs_of(raw, np.full(5, 17, np.int32))._asdict().items():
-        np.testing.assert_allclose(getattr(outputs.logprobs, name), found, rtol=1e-6)
-
-
-def test_each_rows_logprobs_are_of_its_logits_over_its_score_temperature() -> None:
+def test_each_rows_logprobs_are_of_its_logits_over_its_temperature() -> None:
     raw = logits_of(5, 300)
     over = np.asarray([1, 0.5, 2, 1, 3], np.float32)
-    outputs = sample(raw, raw, inputs(5, 300, temperature=0, want_logprobs=True, score_temperature=over))
-    for name, found in logprobs_of(raw / over[:, None], raw.argmax(-1).astype(np.int32))._asdict().items():
-        np.testing.assert_allclose(getattr(outputs.logprobs, name), found, rtol=1e-6)
-
-
-def test_logprobs_that_nobody_wants_are_zeros() -> None:
-    assert all((x == 0).all() for x in draw(logits_of(5, 300)).logprobs)
+    tokens = raw.argmax(-1).astype(np.int32)
+    got, want = logprobs_of(raw, tokens, over), logprobs_of(raw / over[:, None], tokens)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def test_broken_rows_are_reported_and_harm_no_other() -> None:

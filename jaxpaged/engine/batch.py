@@ -149,16 +149,10 @@ def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs
     min_p = _full(rows, 0, np.float32)
     seeds = _full((rows, 2), 0, np.uint32)
     positions = _full(rows, 0)
-    want_logprobs = _full((), False, np.bool_)
-    score_temperature = _full(rows, 1, np.float32)
     drawn, where, follows = [], [], []  # what is not greedy, written at once: numpy is slow at single numbers
     for row, (sequence, start, length, samples) in rows_of(plan, bucket):
         if not samples:
             continue
-        params = sequence.params
-        if params.logprobs is not None:
-            want_logprobs |= True
-            score_temperature[row] = sequence.score_temperature
         if sequence.draw is not None:
             drawn.append(sequence.draw)
             where.append(row)
@@ -169,7 +163,19 @@ def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs
         top_k[at] = np.where(limits > 0, np.minimum(limits, vocab_size), vocab_size)
         positions[at] = follows
         seeds[at] = table[:, 4:]
-    return SamplingInputs(temperature, top_k, top_p, min_p, seeds, positions, want_logprobs, score_temperature)
+    return SamplingInputs(temperature, top_k, top_p, min_p, seeds, positions)
+
+
+def pack_score_temperature(plan: Plan, bucket: Bucket) -> np.ndarray | None:
+    """Over what each row's logits are divided for its logprobs: 1, but for beams; None where no row wants logprobs."""
+    sampled = [(row, chunk.sequence) for row, chunk in rows_of(plan, bucket) if chunk.samples]
+    wanted = [(row, sequence) for row, sequence in sampled if sequence.params.logprobs is not None]
+    if not wanted:
+        return None
+    temperature: np.ndarray = _full(bucket.num_rows, 1, np.float32)
+    for row, sequence in wanted:
+        temperature[row] = sequence.score_temperature
+    return temperature
 
 
 def pack_edits(edits: Mapping[int, RowEdits], num_rows: int) -> Iterator[Edits]:

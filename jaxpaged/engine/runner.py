@@ -40,13 +40,15 @@ from jaxpaged.model.cache import (
     write_pages,
 )
 from jaxpaged.model.params import Params, check_params
-from jaxpaged.model.sampling import Edits, Logprobs, SamplingInputs, StepOutputs
+from jaxpaged.model.sampling import Edits, Logprobs, Sampled, SamplingInputs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
 from jaxpaged.model.step import ForwardOutputs, StepInputs, forward
 
 log = logging.getLogger("jaxpaged")
 
+_NOTHING: Any = np.empty(0)
+_NO_LOGPROBS = Logprobs(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
 _PROMPT_ROWS = 64  # prompt tokens whose logprobs one call computes
 _CPU_POOL_BYTES = 4 << 30  # the CPU's memory is other programs' too: more must be asked for with num_pages
 _COMPILE_RESERVE = 0.02  # of a GPU's memory, for activations
@@ -58,6 +60,14 @@ class PromptPart(NamedTuple):
     sequence: Sequence
     start: int
     num_rows: int
+    logprobs: Logprobs
+
+
+class StepOutputs(NamedTuple):
+    """What a step says of its rows; no logprobs where no row wants them."""
+
+    tokens: Any
+    healthy: Any
     logprobs: Logprobs
 
 
@@ -144,7 +154,7 @@ class Runner:
         jobs += [self._read_pages, self._write_pages] if self.num_host_pages else []
         for bucket in self.buckets:
             jobs.append(partial(self._forward, bucket))
-            jobs += [partial(f, bucket.num_rows) for f in (self._sample, self._edit, self._restrict)]
+            jobs += [partial(f, bucket.num_rows) for f in (self._sample, self._logprobs, self._edit, self._restrict)]
             if bucket.num_chunk_tokens:
                 jobs.append(partial(self._prompt_logprobs, bucket.num_tokens))
         before = self.num_compilations
@@ -169,10 +179,15 @@ class Runner:
         self._move(plan)
         for pages in batch.pack_copies(plan, self.cache.num_pages):
             self.cache = self._copy_pages()(self.cache, *pages)
-        sampled = before.outputs.tokens if before else self._nothing_sampled
-        self.cache, (raw, hidden) = self._forward(bucket)(self.params, self.cache, inputs, sampled)
+        fed = before.outputs.tokens if before else self._nothing_sampled
+        self.cache, (raw, hidden) = self._forward(bucket)(self.params, self.cache, inputs, fed)
         logits = self._edited(raw, plan, bucket)
-        outputs = self._sample(bucket.num_rows)(raw, logits, batch.pack_sampling(plan, bucket, self.spec.vocab_size))
+        sampled = self._sample(bucket.num_rows)(logits, batch.pack_sampling(plan, bucket, self.spec.vocab_size))
+        # Logprobs are a call of their own, and not a condition on the device, which the host would have to wait for.
+        temperature, logprobs = batch.pack_score_temperature(plan, bucket), _NO_LOGPROBS
+        if temperature is not None:
+            logprobs = self._logprobs(bucket.num_rows)(raw, sampled.tokens, temperature)
+        outputs = StepOutputs(*sampled, logprobs)
         return InFlight(plan, rows, outputs, self._prompt_parts(plan, bucket, hidden), self.param_version)
 
     def read(self, step: InFlight) -> InFlight:
@@ -299,16 +314,14 @@ class Runner:
         )
         return self._compile(("forward", bucket), function, self.params, self.cache, inputs, self._nothing_sampled)
 
-    def _sample(self, rows: int) -> Callable[..., StepOutputs]:
-        placement = self.placement
+    def _sample(self, rows: int) -> Callable[..., Sampled]:
+        one_shape = self.batch_invariant
+        sample = sampling.sample_in_blocks if one_shape else partial(sampling.sample, placement=self.placement)
 
-        def padded(raw: jax.Array, edited: jax.Array, inputs: SamplingInputs) -> StepOutputs:
+        def padded(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
             """All buckets give as many tokens, so that the next step's shape does not depend on this one's."""
-            sample = (
-                sampling.sample_in_blocks if self.batch_invariant else partial(sampling.sample, placement=placement)
-            )
-            outputs = sample(raw, edited, inputs)
-            return outputs._replace(tokens=jnp.pad(outputs.tokens, (0, self._max_rows - rows)))
+            sampled: Sampled = sample(logits, inputs)
+            return sampled._replace(tokens=jnp.pad(sampled.tokens, (0, self._max_rows - rows)))
 
         inputs = SamplingInputs(
             temperature=_shape(rows, dtype=np.float32),
@@ -317,12 +330,17 @@ class Runner:
             min_p=_shape(rows, dtype=np.float32),
             seeds=_shape(rows, 2, dtype=np.uint32),
             positions=_shape(rows),
-            want_logprobs=_shape(dtype=np.bool_),
-            score_temperature=_shape(rows, dtype=np.float32),
         )
-        return self._compile(
-            ("sample", rows), self._jit(padded, self._copies), self._logits(rows), self._logits(rows), inputs
-        )
+        return self._compile(("sample", rows), self._jit(padded, self._copies), self._logits(rows), inputs)
+
+    def _logprobs(self, rows: int) -> Callable[..., Logprobs]:
+        told = partial(sampling.logprobs_of, batch_invariant=self.batch_invariant, placement=self.placement)
+
+        def unpadded(raw: jax.Array, tokens: jax.Array, temperature: jax.Array) -> Logprobs:
+            return told(raw, tokens[:rows], temperature)
+
+        shapes = self._logits(rows), self._nothing_sampled, _shape(rows, dtype=np.float32)
+        return self._compile(("logprobs", rows), self._jit(unpadded, self._copies), *shapes)
 
     def _edit(self, rows: int) -> Callable[..., jax.Array]:
         count = batch.EDITS_PER_CALL
