@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 from real_model import smollm2_gguf
+from running_server import running
 from tiny_chat_model import write_chat_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -52,6 +53,14 @@ def test_examples_fall_back_to_a_tiny_model(run, monkeypatch):
     any_model = importlib.import_module("any_model")
     monkeypatch.setattr(any_model, "find_spec", lambda package: None)
     assert run("chat").startswith("> ")
+
+
+def test_openai_client_talks_to_the_server(run, folder):
+    with running(folder) as server:
+        printed = run("openai_client", f"{server.url}/v1")
+    prompt_tokens = len(server.engine.tokenizer.encode("user:What is the capital of France?\nassistant:"))
+    assert f"[{prompt_tokens} + " in printed
+    assert len(printed.splitlines()) >= 3 and printed.splitlines()[-1].count(" -") == 3
 
 
 def test_custom_family_is_written_loaded_and_served(run):

@@ -133,6 +133,14 @@ def test_text_offsets_point_into_the_text(server):
     assert offsets == sorted(offsets) and len(tokens) == len(ids(server, "banana 12")) + 6
 
 
+def test_best_of_gives_the_likeliest(client):
+    drawn = {"model": "tiny", "prompt": "ban", "seed": 3, "max_tokens": 6, "temperature": 2, "logprobs": 0}
+    total = lambda choice: sum(choice.logprobs.token_logprobs)  # noqa: E731
+    every = client.completions.create(n=4, **drawn).choices
+    best = client.completions.create(n=1, best_of=4, **drawn).choices
+    assert [choice.text for choice in best] == [max(every, key=total).text]
+
+
 # Chats
 
 

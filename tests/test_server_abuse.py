@@ -127,7 +127,9 @@ BODY_POISON = {
     "priority": '{"prompt": "ban", "priority": 5}',
     "request id empty": '{"prompt": "ban", "request_id": ""}',
     "request id long": json.dumps({"prompt": "ban", "request_id": "x" * 300}),
-    "best of": '{"prompt": "ban", "best_of": 3}',
+    "best of fewer": '{"prompt": "ban", "n": 2, "best_of": 1}',
+    "best of very many": '{"prompt": "ban", "best_of": 1000000000}',
+    "best of a stream": '{"prompt": "ban", "best_of": 3, "stream": true}',
     "suffix": '{"prompt": "ban", "suffix": "x"}',
     "beam search": '{"prompt": "ban", "use_beam_search": true}',
     "grammar": '{"prompt": "ban", "guided_regex": "(a+)+$"}',
@@ -218,6 +220,7 @@ def test_request_id_in_use_is_refused(server):
         ("GET", "/etc/passwd", {}, 404),
         ("GET", "/../../etc/passwd", {}, 404),
         ("POST", COMPLETIONS, {"Content-Type": "text/plain"}, 415),
+        ("POST", COMPLETIONS, {"Content-Type": "application/json", "Sec-Fetch-Site": "cross-site"}, 403),
         ("POST", COMPLETIONS, {"Content-Type": "application/x-www-form-urlencoded"}, 415),
     ],
 )

@@ -98,6 +98,7 @@ class Runner:
         spec = self.spec
         self.param_version = 0
         self.num_compilations = 0
+        self.is_compiling = False  # in the midst of a step only where nothing was compiled at the start
         on_cpu = jax.default_backend() == "cpu"
         self.max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
         self.max_num_batched_tokens = max(self.max_num_batched_tokens, config.max_num_seqs)
@@ -254,7 +255,9 @@ class Runner:
     def _compile(self, key: tuple[str, int | Bucket], function: Any, *shapes: Any) -> Callable[..., Any]:
         """The function compiled for these shapes, now or before."""
         if key not in self._compiled:
+            self.is_compiling = True
             self._compiled[key] = function.lower(*jax.tree.map(self._on_mesh, shapes)).compile()
+            self.is_compiling = False
             self.num_compilations += 1
         return self._compiled[key]
 

@@ -90,8 +90,9 @@ class App:
         exchange = Exchange(scope, receive, send)
         try:
             self._check_key(exchange)
+            _check_origin(exchange)
             handler = self._route(exchange)
-            if exchange.method != "POST":
+            if exchange.method in ("GET", "HEAD"):
                 await handler(exchange, b"")
                 return
             if self.draining:
@@ -305,6 +306,12 @@ def _json(exchange: Exchange, body: bytes) -> bytes:
     if kind != b"application/json":
         raise Fault(415, f"the body is {kind.decode('latin-1') or 'of no type'}; send `Content-Type: application/json`")
     return body
+
+
+def _check_origin(exchange: Exchange) -> None:
+    """Browsers say where a request comes from; none from another site's page may make this server work."""
+    if exchange.method == "POST" and exchange.headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
+        raise Fault(403, "pages of other sites are not answered; ask from the page at /, or from a program")
 
 
 def _given_key(header: bytes) -> bytes:

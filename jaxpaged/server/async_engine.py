@@ -209,11 +209,14 @@ class AsyncEngine:
         return len(self._inboxes) + self._num_arriving
 
     def problem(self, patience: float = 8.0) -> str | None:
-        """Why the engine is not well: it has died, or has been busy with one step for over `patience` seconds."""
+        """Why the engine is not well: it has died, or has been busy with one step for over `patience` seconds.
+
+        A step that compiles, as only an engine that was not warmed up takes, may take as long as it likes.
+        """
         since = self._busy_since
         if self.dead is not None:
             return self.dead
-        if since is not None and time.monotonic() - since > patience:
+        if since is not None and time.monotonic() - since > patience and not self._engine.runner.is_compiling:
             return f"the engine has been in one step for {time.monotonic() - since:.0f} s"
         return None
 

@@ -243,10 +243,18 @@ def completion_params(request: CompletionRequest) -> SamplingParams:
     wanted = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         wanted = max(wanted or 0, request.logprobs)
+    if request.stream and request.best_of is not None and request.best_of > (request.n or 1):
+        raise RequestError(f"best_of is {request.best_of:,} and stream is true; the best are known only in the end")
     max_tokens = SamplingParams.max_tokens if request.max_tokens is None else request.max_tokens
     if request.echo and max_tokens == 0:
         max_tokens = 1
-    return sampling_params(request, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=wanted)
+    return sampling_params(
+        request,
+        max_tokens=max_tokens,
+        logprobs=request.logprobs,
+        prompt_logprobs=wanted,
+        best_of=request.best_of,
+    )
 
 
 def chat_params(request: ChatRequest) -> SamplingParams:

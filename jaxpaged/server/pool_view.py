@@ -36,9 +36,9 @@ class PoolView:
 
 
 def _look(engine: Engine) -> tuple[EngineStats, list[PageInfo], float]:
-    began = time.monotonic()
+    began = time.thread_time()
     stats, pages = engine.stats(), engine.page_map()
-    return stats, pages, time.monotonic() - began
+    return stats, pages, time.thread_time() - began
 
 
 def _encode(stats: EngineStats, pages: list[PageInfo]) -> bytes:

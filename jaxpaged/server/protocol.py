@@ -39,7 +39,6 @@ class Unserved(msgspec.Struct, kw_only=True):
     """Known to OpenAI or vLLM, and not served here."""
 
     suffix: Any = None
-    best_of: Any = None
     functions: Any = None
     function_call: Any = None
     tools: Any = None
@@ -61,7 +60,6 @@ class Unserved(msgspec.Struct, kw_only=True):
 
 
 ASKS_NOTHING = {
-    "best_of": (1,),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -107,6 +105,7 @@ class Generation(Unserved, kw_only=True):
 class CompletionRequest(Generation, kw_only=True):
     """POST /v1/completions."""
 
+    best_of: int | None = None
     prompt: str | list[Any]  # text, texts, token ids or lists of them: told apart by `completion_prompts`
     echo: bool | None = None
     logprobs: int | None = None
@@ -158,8 +157,9 @@ def sampling_params(request: Generation, **given: Any) -> SamplingParams:
     refuse_unserved(request)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is given but stream is not true; set it, or leave stream_options out")
-    if request.n is not None and request.n > MAX_N:
-        raise RequestError(f"n is {request.n:,}; it must be a whole number from 1 to {MAX_N}")
+    for name, number in (("n", request.n), ("best_of", given.get("best_of"))):
+        if number is not None and number > MAX_N:
+            raise RequestError(f"{name} is {number:,}; it must be a whole number from 1 to {MAX_N}")
     for name, most in MAX_ENTRIES.items():
         value = getattr(request, name)
         if isinstance(value, Collection) and not isinstance(value, str) and len(value) > most:
