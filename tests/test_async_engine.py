@@ -135,6 +135,26 @@ def test_refused_request_leaves_the_others_alone(engine):
     assert good[-1].outputs[0].finish_reason == "length"
 
 
+def test_request_whose_tokens_cannot_be_read_ends_alone(engine, monkeypatch, caplog):
+    take = Engine._take_token
+
+    def picky(self, tracked, sequence, *rest):
+        if sequence.request_id == "unlucky" and sequence.num_output_tokens == 2:
+            raise KeyError("no such token")
+        take(self, tracked, sequence, *rest)
+
+    monkeypatch.setattr(Engine, "_take_token", picky)
+
+    async def run():
+        return await asyncio.gather(collect(engine, PROMPTS[0], request_id="unlucky"), collect(engine, PROMPTS[1]))
+
+    unlucky, lucky = (outputs[-1].outputs[0] for outputs in asyncio.run(run()))
+    assert (unlucky.finish_reason, unlucky.stop_reason) == ("error", "KeyError: 'no such token'")
+    assert len(unlucky.token_ids) == 2 and lucky.finish_reason == "length" and len(lucky.token_ids) == 5
+    assert asyncio.run(idle(engine)) == 0
+    assert "no such token" in caplog.text
+
+
 def test_request_id_in_use_is_refused_and_its_owner_unharmed(engine):
     async def run():
         owner = engine.generate(PROMPTS[0], SHORT, "mine")

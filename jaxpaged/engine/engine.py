@@ -364,10 +364,15 @@ class Engine:
                 self._finish_all(tracked, "error", "the logits are not finite", sequence)
                 continue
             sequence.weight_versions.append(step.param_version)
-            if tracked.beams is not None:
-                self._take_candidates(tracked.beams, sequence, outputs.logprobs, row)
-            else:
-                self._take_token(tracked, sequence, tokens[row], outputs.logprobs, row)
+            try:
+                if tracked.beams is not None:
+                    self._take_candidates(tracked.beams, sequence, outputs.logprobs, row)
+                else:
+                    self._take_token(tracked, sequence, tokens[row], outputs.logprobs, row)
+            except Exception as error:  # a defect that this request meets is no reason to end the others
+                log.exception("request %r failed and ends; please report this", sequence.request_id)
+                self._finish_all(tracked, "error", f"{type(error).__name__}: {error}", sequence)
+                continue
             metrics = tracked.request.metrics
             metrics.first_token_time = metrics.first_token_time or now
             metrics.last_token_time = now
