@@ -112,7 +112,7 @@ def test_prompt_logprobs_compute_the_whole_prompt_and_leave_it_for_others() -> N
 
 
 def test_when_pages_run_out_the_youngest_gives_its_own_back_and_waits_at_the_head() -> None:
-    engine = HashEngine(num_pages=5, page_size=2, caching=False)
+    engine = HashEngine(num_pages=5, page_size=2, max_num_seqs=2, caching=False)
     old, young = engine.add([0, 0], max_tokens=6), engine.add([1, 1], max_tokens=4)
     late = engine.add([2, 2], max_tokens=1)
     engine.run(until=lambda: young.num_preemptions > 0)

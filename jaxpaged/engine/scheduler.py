@@ -254,15 +254,16 @@ class Scheduler:
         return missing + self._headroom(sequence) <= self.pool.num_available
 
     def _headroom(self, sequence: Sequence) -> int:
-        """Pages to leave when a sequence is admitted: one for each that runs or forks, and from its second preemption
-        on twice as many each time, up to all that they can ever need. So it cannot be preempted for ever.
+        """Pages to leave when a sequence is admitted: half as many as run, since others end before each needs one, and
+        from its second preemption on twice as many each time, up to all that they can ever need. So it cannot be
+        preempted for ever.
         """
-        count = len(self.running) + len(sequence.forks)
-        if sequence.num_preemptions == 0:
-            return count
-        most = 1 << (sequence.num_preemptions - 1)
+        forks = len(sequence.forks)
+        halves = 1 << max(0, sequence.num_preemptions - 1)  # of a page, for each
+        if halves == 1:
+            return -(-len(self.running) // 2) + forks
         growing = (self._pages_for(s.prompt_len + s.max_tokens) - len(s.pages) + 1 for s in (*self.running, sequence))
-        return sum(min(most, pages) for pages in growing) + len(sequence.forks)
+        return -(-sum(min(halves, 2 * pages) for pages in growing) // 2) + forks
 
     def _length(self, sequence: Sequence, budget: int) -> int:
         return min(sequence.num_tokens - sequence.num_computed_tokens, budget, self.max_chunk_len)
