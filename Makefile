@@ -37,6 +37,10 @@ WHEELS ?= beartype gguf
 gpu-wheels: | $(BIN)/python ## fetch pure wheels to take along where `make gpu` misses them: WHEELS="beartype gguf"
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest .gpu-wheels $(WHEELS)
 
+test-tunix: ## train with google-tunix, rolled out here; installs 1.6 GB, which .ci/run leaves out
+	$(MAKE) VENV=.venv-tunix .venv-tunix/.tunix
+	.venv-tunix/bin/python -m pytest tests/test_tunix.py
+
 lint: $(VENV)/.dev ## ruff, and that generated text is up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,6 +79,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml $(VENV)/.demo | $(BIN)/python
 	@echo "installing the development tools into $(VENV) ..."
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.tunix: pyproject.toml | $(BIN)/python
+	$(PIP) --editable . google-tunix==0.1.7 pytest
 	@touch $@
 
 # The compiler alone, in an environment of its own: elsewhere JAX would look for the GPU that these wheels promise.

@@ -56,12 +56,11 @@ def convert(
     count = num_params(recipe.spec)
     num_bytes = count * target.itemsize
     final = Path(destination).expanduser()
-    write = write_hf if to_hf else write_native
+    fill = write_hf if to_hf else write_native
     with new_folder(final, checkpoint.path, num_bytes=num_bytes, overwrite=overwrite) as folder:
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=final.name, disable=not show_progress) as bar:
-            write(folder, checkpoint, recipe, target, bar.update)
-        if checkpoint.format == "gguf":
-            _write_gguf_tokenizer(folder, checkpoint)
+            fill(folder, checkpoint, recipe, target, bar.update)
+        write_gguf_tokenizer(folder, checkpoint)
         comparison = _verify(checkpoint, recipe, folder, target) if verify else None
     family = str(checkpoint.config.get("model_type"))
     return Conversion(family, count, num_bytes, time.perf_counter() - start, final, comparison)
@@ -116,7 +115,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _write_gguf_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+def write_gguf_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+    """The tokenizer that a GGUF file holds, as files of `folder`; nothing for other checkpoints, which have files."""
+    if checkpoint.format != "gguf":
+        return
     tokenizer = load_tokenizer(gguf_metadata(checkpoint.path))
     if tokenizer is None:
         return

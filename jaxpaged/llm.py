@@ -13,9 +13,11 @@ from tqdm import tqdm
 from jaxpaged.config import EngineConfig
 from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import LoadedModel, load
+from jaxpaged.engine import exports
 from jaxpaged.engine.engine import Engine, request_ids
 from jaxpaged.engine.intake import Prompt
 from jaxpaged.engine.report import OutputKind
+from jaxpaged.engine.runner import Build, traced
 from jaxpaged.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxpaged.errors import CheckpointError, ConfigError, RequestError
 from jaxpaged.model.params import Params
@@ -40,6 +42,7 @@ class LLM:
         mesh: Mesh | None = None,
         sharding_rules: ShardingRules | None = None,
         config: EngineConfig | None = None,
+        build: Build = traced,
         **settings: Any,
     ) -> None:
         """Load `model`: an HF or native directory, a .gguf file, a hub id, or (spec, params) already in memory.
@@ -47,8 +50,8 @@ class LLM:
         `tokenizer` is a folder or a `Tokenizer` where the model's own is not meant; `dtype` is the weights' (auto,
         float32, bfloat16, float16). `mesh` holds the devices to run on and `sharding_rules` say what is cut along which
         of its axes; `tensor_parallel_size` among the settings makes a mesh of so many devices. `settings` are the
-        fields of `EngineConfig`, which may be given whole instead. Raises CheckpointError and ConfigError, each with
-        what to do.
+        fields of `EngineConfig`, which may be given whole instead. `build` is `from_export`'s. Raises CheckpointError
+        and ConfigError, each with what to do.
         """
         config = config or EngineConfig(**settings)
         placement = _placement(mesh, sharding_rules, config.tensor_parallel_size)
@@ -72,9 +75,20 @@ class LLM:
             eos_token_ids=tuple(eos_token_ids),
             show_progress=True,
             placement=placement,
+            build=build,
         )
         self._ids = request_ids()
         self._inbox: dict[str, list[RequestOutput]] = {}  # outputs of requests that are being waited for
+
+    @classmethod
+    def from_export(cls, path: str | Path, *, tokenizer: str | Path | Tokenizer | None = None, **settings: Any) -> LLM:
+        """Start from a folder of `jaxpaged export`: nothing of the model is traced or lowered.
+
+        `settings` may change what is not compiled in, such as `seed` or `scheduling_policy`. Raises CheckpointError
+        where the export does not fit this device or these versions, ConfigError where a setting does not fit it.
+        """
+        export = exports.read(path, **settings)
+        return cls(path, tokenizer=tokenizer, config=export.config, build=export.build)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

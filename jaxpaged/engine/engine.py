@@ -24,7 +24,7 @@ from jaxpaged.engine.page_map import PageInfo, page_map
 from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.report import OutputKind, Tracked, report, token_logprobs
 from jaxpaged.engine.request import Sequence, seed_words
-from jaxpaged.engine.runner import InFlight, PromptPart, Runner
+from jaxpaged.engine.runner import Build, InFlight, PromptPart, Runner, traced
 from jaxpaged.engine.scheduler import Scheduler
 from jaxpaged.engine.scoring import Scores
 from jaxpaged.engine.tokenizer import Tokenizer
@@ -84,16 +84,18 @@ class Engine:
         eos_token_ids: Seq[int] = (),
         show_progress: bool = False,
         placement: Placement | None = None,
+        build: Build = traced,
     ) -> None:
         """Make the pool; with `config.warmup`, compile. Raises ConfigError where model, memory or config do not fit.
 
-        With a `placement` weights and pool are cut over its mesh.
+        With a `placement` weights and pool are cut over its mesh. `build` says where compiled functions come from: see
+        `engine.exports`.
         """
         self.config = config or EngineConfig()
         self.spec = spec
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids) | (tokenizer.eos_token_ids if tokenizer else frozenset())
-        self.runner = Runner(spec, params, self.config, placement)
+        self.runner = Runner(spec, params, self.config, placement, build)
         self.max_model_len = self.runner.max_model_len
         cache = self.runner.cache
         self._host = HostTier(self.runner.num_host_pages, self.runner.min_host_pages)

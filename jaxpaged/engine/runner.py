@@ -28,6 +28,7 @@ from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.engine.request import Sequence
 from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.errors import ConfigError
+from jaxpaged.kernels.tiles import current_device
 from jaxpaged.model import sampling
 from jaxpaged.model.cache import (
     KVCache,
@@ -51,6 +52,7 @@ _NOTHING: Any = np.empty(0)
 _NO_LOGPROBS = Logprobs(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
 _PROMPT_ROWS = 64  # prompt tokens whose logprobs one call computes
 _CPU_POOL_BYTES = 4 << 30  # the CPU's memory is other programs' too: more must be asked for with num_pages
+_ALWAYS_TRACED = ("read_pages", "write_pages")  # they know nothing of the model, but where the host's memory is
 _COMPILE_RESERVE = 0.02  # of a GPU's memory, for activations
 
 
@@ -81,12 +83,35 @@ class InFlight(NamedTuple):
     param_version: int
 
 
+Jitted = tuple[Callable[..., Any], dict[str, Any]]
+"""A function and the options of jax.jit."""
+
+Build = Callable[[str, Jitted, tuple[Any, ...]], Callable[..., Any]]
+"""build(name, jitted, shapes) -> the function, compiled for arguments of these shapes."""
+
+
+def traced(name: str, jitted: Jitted, shapes: tuple[Any, ...]) -> Callable[..., Any]:
+    """Traced, lowered and compiled here and now."""
+    del name
+    function, options = jitted
+    compiled: Callable[..., Any] = jax.jit(function, **options).lower(*shapes).compile()
+    return compiled
+
+
 class Runner:
     """Compiles, dispatches and reads steps."""
 
-    def __init__(self, spec: Decoder, params: Params, config: EngineConfig, placement: Placement | None = None) -> None:
+    def __init__(
+        self,
+        spec: Decoder,
+        params: Params,
+        config: EngineConfig,
+        placement: Placement | None = None,
+        build: Build = traced,
+    ) -> None:
         """Take the weights and make the pool; sleep where `params` are shapes only. ConfigError where either does not
-        fit. With a placement both lie on its mesh; the weights are then those of `placement.fit(spec)`.
+        fit. With a placement both lie on its mesh; the weights are then those of `placement.fit(spec)`. `build` says
+        where compiled functions come from.
         """
         if placement is not None and config.batch_invariant:
             raise ConfigError("batch_invariant has been proven for one device only; leave it or the mesh out")
@@ -99,7 +124,7 @@ class Runner:
         self.param_version = 0
         self.num_compilations = 0
         self.is_compiling = False  # in the midst of a step only where nothing was compiled at the start
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = current_device().platform == "cpu"
         self.max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
         self.max_num_batched_tokens = max(self.max_num_batched_tokens, config.max_num_seqs)
         self.attention_backend = config.attention_backend
@@ -119,6 +144,7 @@ class Runner:
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
         self._max_rows = max(b.num_rows for b in self.buckets)
         self._nothing_sampled = jnp.zeros(self._max_rows, jnp.int32)
+        self._build = build
         self._compiled: dict[tuple[str, int | Bucket], Callable[..., Any]] = {}
         _use_compilation_cache(config.compilation_cache_dir)
 
@@ -148,9 +174,8 @@ class Runner:
             zeros = (jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in jax.tree.leaves(self.cache))
             self.cache = jax.tree.unflatten(jax.tree.structure(self.cache), zeros)
 
-    def warm_up(self, *, show_progress: bool = True) -> None:
-        """Compile every function for every bucket, so that no later step compiles."""
-        started = time.monotonic()
+    def functions(self) -> list[Callable[[], object]]:
+        """A call for each function and bucket that compiles it, unless it has been."""
         jobs: list[Callable[[], object]] = [self._scrub, self._copy_pages]
         jobs += [self._read_pages, self._write_pages] if self.num_host_pages else []
         for bucket in self.buckets:
@@ -158,8 +183,13 @@ class Runner:
             jobs += [partial(f, bucket.num_rows) for f in (self._sample, self._logprobs, self._edit, self._restrict)]
             if bucket.num_chunk_tokens:
                 jobs.append(partial(self._prompt_logprobs, bucket.num_tokens))
+        return jobs
+
+    def warm_up(self, *, show_progress: bool = True) -> None:
+        """Compile every function for every bucket, so that no later step compiles."""
+        started = time.monotonic()
         before = self.num_compilations
-        for job in tqdm(jobs, desc="compiling", unit="function", disable=not show_progress, leave=False):
+        for job in tqdm(self.functions(), desc="compiling", unit="function", disable=not show_progress, leave=False):
             job()
         count, seconds = self.num_compilations - before, time.monotonic() - started
         log.info("compiled %d functions for %d buckets in %.1f s", count, len(self.buckets), seconds)
@@ -252,21 +282,24 @@ class Runner:
                 parts.append(PromptPart(sequence, begin + 1, count, found))
         return parts
 
-    def _compile(self, key: tuple[str, int | Bucket], function: Any, *shapes: Any) -> Callable[..., Any]:
+    def _compile(self, key: tuple[str, int | Bucket], jitted: Jitted, *shapes: Any) -> Callable[..., Any]:
         """The function compiled for these shapes, now or before."""
         if key not in self._compiled:
             self.is_compiling = True
-            self._compiled[key] = function.lower(*jax.tree.map(self._on_mesh, shapes)).compile()
+            kind, size = key
+            name = "-".join(map(str, (kind, *(size if isinstance(size, Bucket) else (size,)))))
+            build = traced if kind in _ALWAYS_TRACED else self._build
+            self._compiled[key] = build(name, jitted, jax.tree.map(self._on_mesh, shapes))
             self.is_compiling = False
             self.num_compilations += 1
         return self._compiled[key]
 
-    def _jit(self, function: Callable[..., Any], outputs: Any, donate: int | None = None) -> Any:
+    def _jit(self, function: Callable[..., Any], outputs: Any, donate: int | None = None) -> Jitted:
         """`function` to be compiled, its `outputs` (a prefix of them, in shardings) where later calls expect them."""
         donated = () if donate is None else (donate,)
         if self.placement is None:
-            return jax.jit(function, donate_argnums=donated)
-        return jax.jit(function, donate_argnums=donated, out_shardings=outputs)
+            return function, {"donate_argnums": donated}
+        return function, {"donate_argnums": donated, "out_shardings": outputs}
 
     def _on_mesh(self, shape: Any) -> Any:
         """A shape that does not say where it lies: a copy on every device."""
@@ -381,8 +414,8 @@ class Runner:
             kinds = {memory.kind for d in leaf.devices() for memory in d.addressable_memories()}
             return leaf.sharding.with_memory_kind("pinned_host") if "pinned_host" in kinds else leaf.sharding
 
-        function = jax.jit(read_pages, out_shardings=jax.tree.map(beside, self.cache.pools))
-        return self._compile(("read_pages", 0), function, self.cache, _shape(batch.MOVES_PER_CALL))
+        jitted: Jitted = read_pages, {"out_shardings": jax.tree.map(beside, self.cache.pools)}
+        return self._compile(("read_pages", 0), jitted, self.cache, _shape(batch.MOVES_PER_CALL))
 
     def _write_pages(self) -> Callable[..., KVCache]:
         count = batch.MOVES_PER_CALL

@@ -27,6 +27,7 @@ from jaxpaged.functional import score
 from jaxpaged.integrations import trees
 from jaxpaged.integrations.nnx import Model
 from jaxpaged.llm import LLM
+from jaxpaged.model.params import Params
 from jaxpaged.model.spec import Decoder
 from jaxpaged.outputs import CompletionOutput
 from jaxpaged.sampling_params import SamplingParams
@@ -73,13 +74,14 @@ class Rollout(BaseRollout):  # type: ignore[misc]  # Tunix ships no types
         self._actor, self._tokenizer = rollout_actor, tokenizer
         longest = rollout_config.max_prompt_length + rollout_config.max_tokens_to_generate
         config = engine_config or EngineConfig(max_model_len=min(longest, spec.max_positions), warmup=False)
-        params = trees.to_params(nnx.state(rollout_actor, nnx.Param), spec, family)
-        self.llm = LLM((spec, params), config=config)
+        self._seen = self._actor_params()
+        self.llm = LLM((spec, self._seen), config=config)
         self._score = jax.jit(partial(score, spec=spec))
 
     def generate(self, prompts: Sequence[Any], rollout_config: RolloutConfig, **kwargs: Any) -> RolloutOutput:
         """An answer to each prompt, text or token ids; equal prompts get answers of their own."""
         del kwargs
+        self._follow_actor()
         encoded = [self._encode(p) if isinstance(p, str) else list(p) for p in prompts]
         width = rollout_config.max_prompt_length
         if (longest := max(map(len, encoded))) > width:
@@ -107,6 +109,7 @@ class Rollout(BaseRollout):  # type: ignore[misc]  # Tunix ships no types
 
     def get_per_token_logps(self, prompt_tokens: jax.Array, completion_tokens: jax.Array) -> jax.Array:
         """log p of every completion token [B, C], 0 where padded; the prompts [B, P] are padded on the left."""
+        self._follow_actor()
         tokens = jnp.concatenate([prompt_tokens, completion_tokens], 1).astype(jnp.int32)
         is_real = tokens != self.pad_id()
         first = jnp.argmax(is_real, -1)
@@ -130,6 +133,16 @@ class Rollout(BaseRollout):  # type: ignore[misc]  # Tunix ships no types
     def model(self) -> nnx.Module:
         """The actor."""
         return self._actor
+
+    def _actor_params(self) -> Params:
+        return trees.to_params(nnx.state(self._actor, nnx.Param), self._spec, self._family)
+
+    def _follow_actor(self) -> None:
+        """Where actor and rollout share a module Tunix calls no `update_params`: the variables just change."""
+        now = self._actor_params()
+        if any(a is not b for a, b in zip(jax.tree.leaves(now), jax.tree.leaves(self._seen), strict=True)):
+            self._seen = now
+            self.llm.engine.update_params(now)
 
     def _encode(self, prompt: str) -> list[int]:
         bos = self._tokenizer.bos_id()
