@@ -23,9 +23,11 @@ test: $(VENV)/.dev ## the fast tests
 test-slow: $(VENV)/.dev ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -m slow
 
+AOT ?= .venv-aot
+ONLY ?=
 test-aot: ## compile the kernels for NVIDIA GPUs that are not here, and look at what came out
-	$(MAKE) VENV=.venv-aot .venv-aot/.aot
-	.venv-aot/bin/python -m pytest tests/test_kernels_aot.py
+	$(MAKE) VENV=$(AOT) $(AOT)/.aot
+	$(AOT)/bin/python -m pytest tests/test_kernels_aot.py -k "$(ONLY)"
 
 # On the machine's own python3: its JAX and torch are what the GPU came with. GPU_OPTIONS=--small tries it on a CPU.
 GPU_PYTHON ?= python3

@@ -10,10 +10,10 @@ softmax's denominator, `scales` [P, page_size, 2, K] multiplies K and V of an 8-
 rows of q past the last sequence give zeros; page-table entries past a sequence's length may hold anything.
 
 Backends: "reference" is plain jnp and runs everywhere; "triton" is a Pallas kernel for NVIDIA GPUs from A100 on;
-"mosaic" is one for Hopper, decode only; "auto" is triton on NVIDIA GPUs and the reference elsewhere, for as long as
-nobody has measured that mosaic is faster. All are forward only. The sizes (block_q tokens, block_k keys, num_splits,
-num_warps, num_stages) cut the kernel's work and change nothing but rounding and speed; left out, they are chosen by
-device and shape (tiles.py). `interpret` runs the kernel without a GPU, slowly, for tests.
+"mosaic" is one for Hopper; "auto" is triton on NVIDIA GPUs, or mosaic where it was measured to be faster (tiles.py) and
+can do what is asked, and the reference elsewhere. All are forward only. The sizes (block_q tokens, block_k keys,
+num_splits, num_warps, num_stages) cut the kernel's work and change nothing but rounding and speed; left out, they are
+chosen by device and shape (tiles.py). `interpret` runs the kernel without a GPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ from jaxtyping import Array, Float, Int
 
 from jaxpaged.kernels import reference
 from jaxpaged.kernels.forward_only import forward_only
-from jaxpaged.kernels.tiles import Device, current_device, splits_for, tiles_for
+from jaxpaged.kernels.tiles import (
+    SHARED,
+    Device,
+    Op,
+    Tiles,
+    backend_for,
+    current_device,
+    mosaic_shared_bytes,
+    splits_for,
+    tiles_for,
+)
 
 Backend = Literal["auto", "reference", "triton", "mosaic"]
 _BACKENDS = ("auto", "reference", "triton", "mosaic")
@@ -64,21 +74,16 @@ def paged_attention(
         raise ValueError(f"q has {q.shape[0]} rows but kv_lens has {kv_lens.shape[0]}; decode takes one query each")
     device = current_device()
     if _choose(backend, device, interpret) == "reference":
-        op: _Op = partial(reference.paged_attention, scale=scale, window=window, softcap=softcap)
+        op: _Function = partial(reference.paged_attention, scale=scale, window=window, softcap=softcap)
         return _forward_only(op, q, pages, page_table, kv_lens, sinks=sinks, scales=scales)
-    if backend == "mosaic":
-        op = partial(_mosaic, device=device, window=window, interpret=interpret, block_k=block_k)
-        op = partial(op, scale=scale, softcap=softcap, num_splits=num_splits, num_stages=num_stages)
-        return _forward_only(op, q, pages, page_table, kv_lens, sinks=sinks, scales=scales)
-    from jaxpaged.kernels import triton_attention  # Pallas is slow to import, and jax plans to drop its Triton
-
-    shape = _check_for_triton(q, pages, device)
-    sizes = tiles_for("decode", device, **shape, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
+    given = {"block_k": block_k, "num_warps": num_warps, "num_stages": num_stages}
+    kernels, sizes = _kernels("decode", q, pages, scales, scale, backend, device, interpret, **given)
     if num_splits is None:
         num_splits = _splits(pages, page_table, device, window, sizes.block_k)
-    _check_sizes(block_k=sizes.block_k, num_splits=num_splits)
+    if num_splits < 1:
+        raise ValueError(f"num_splits is {num_splits}; it must be at least 1")
     op = partial(
-        triton_attention.paged_attention,
+        kernels.paged_attention,
         scale=scale,
         window=window,
         softcap=softcap,
@@ -117,19 +122,12 @@ def ragged_paged_attention(
         raise ValueError(f"cu_q_lens has {cu_q_lens.shape[0]} entries; {kv_lens.shape[0]} sequences need one more")
     device = current_device()
     if _choose(backend, device, interpret) == "reference":
-        op: _Op = partial(reference.ragged_paged_attention, scale=scale, window=window, softcap=softcap)
+        op: _Function = partial(reference.ragged_paged_attention, scale=scale, window=window, softcap=softcap)
         return _forward_only(op, q, pages, page_table, cu_q_lens, kv_lens, sinks=sinks, scales=scales)
-    if backend == "mosaic":
-        raise ValueError("the mosaic backend has decode only (paged_attention); use triton for chunks")
-    from jaxpaged.kernels import triton_attention  # as above
-
-    shape = _check_for_triton(q, pages, device)
-    sizes = tiles_for(
-        "ragged", device, **shape, block_q=block_q, block_k=block_k, num_warps=num_warps, num_stages=num_stages
-    )
-    _check_sizes(block_k=sizes.block_k)
+    given = {"block_q": block_q, "block_k": block_k, "num_warps": num_warps, "num_stages": num_stages}
+    kernels, sizes = _kernels("ragged", q, pages, scales, scale, backend, device, interpret, **given)
     op = partial(
-        triton_attention.ragged_paged_attention,
+        kernels.ragged_paged_attention,
         scale=scale,
         window=window,
         softcap=softcap,
@@ -139,10 +137,10 @@ def ragged_paged_attention(
     return _forward_only(op, q, pages, page_table, cu_q_lens, kv_lens, sinks=sinks, scales=scales)
 
 
-_Op = Callable[..., Array]
+_Function = Callable[..., Array]
 
 
-def _forward_only(op: _Op, *args: Array, **kwargs: Array | None) -> Array:
+def _forward_only(op: _Function, *args: Array, **kwargs: Array | None) -> Array:
     result: Array = forward_only(
         op,
         "paged attention has no gradient, for pages are written in place; "
@@ -198,13 +196,6 @@ def _unreadable(pages: Array | jax.ShapeDtypeStruct, device: Device) -> str | No
     return None
 
 
-def _check_for_triton(q: Array, pages: Array, device: Device) -> dict[str, Any]:
-    """What tile sizes go by. Raises ValueError on a pool that cannot be read."""
-    if problem := _unreadable(pages, device):
-        raise ValueError(problem)
-    return {"group": q.shape[1] // pages.shape[3], "head_dim": q.shape[2], "pool": jnp.dtype(pages.dtype)}
-
-
 def _splits(pages: Array, page_table: Array, device: Device, window: int | None, block_k: int) -> int:
     num_seqs, max_pages = page_table.shape
     max_keys = max_pages * pages.shape[1]
@@ -217,60 +208,63 @@ def _splits(pages: Array, page_table: Array, device: Device, window: int | None,
     )
 
 
-def _mosaic(
+def _kernels(
+    op: Op,
     q: Array,
     pages: Array,
-    page_table: Array,
-    kv_lens: Array,
-    *,
-    sinks: Array | None,
     scales: Array | None,
+    scale: float,
+    backend: str,
     device: Device,
-    window: int | None,
     interpret: bool,
-    block_k: int | None,
-    num_splits: int | None,
-    num_stages: int | None,
-    **meaning: Any,
-) -> Array:
-    """Decode by Mosaic. Raises ValueError, with what to use instead, where it cannot."""
+    **given: Any,
+) -> tuple[Any, Tiles]:
+    """The module whose kernels are taken, and their sizes. Raises ValueError where it cannot do what is asked."""
+    facts: dict[str, Any] = {"group": q.shape[1] // pages.shape[3], "head_dim": q.shape[2], "pool": pages.dtype}
+    if backend == "mosaic" or (backend == "auto" and not interpret and backend_for(op, device, **facts) == "mosaic"):
+        sizes = tiles_for(op, device, **facts, backend="mosaic", **given)
+        needs = _unmet_by_mosaic(op, q, pages, scales, scale, sizes, device, interpret)
+        if not needs:
+            from jaxpaged.kernels import mosaic_attention  # Pallas is slow to import
+
+            return mosaic_attention, sizes
+        if backend == "mosaic":
+            raise ValueError(f"the mosaic backend needs {'; '.join(needs)}: use triton instead")
+    from jaxpaged.kernels import triton_attention  # as above, and jax plans to drop its Triton
+
+    if problem := _unreadable(pages, device):
+        raise ValueError(problem)
+    sizes = tiles_for(op, device, **facts, **given)
+    if sizes.block_k < 16 or sizes.block_k & (sizes.block_k - 1):
+        raise ValueError(f"block_k is {sizes.block_k}; it must be a power of two and at least 16")
+    return triton_attention, sizes
+
+
+def _unmet_by_mosaic(
+    op: Op,
+    q: Array,
+    pages: Array,
+    scales: Array | None,
+    scale: float,
+    sizes: Tiles,
+    device: Device,
+    interpret: bool,
+) -> list[str]:
+    """What the mosaic backend needs and has not; it can do what is asked where that is nothing."""
     page_size, dim, group = pages.shape[1], pages.shape[4], q.shape[1] // pages.shape[3]
-    block_k = block_k or 128
-    reasons = {
-        f"jax 0.11 or later, and this is {jax.__version__}": jax.__version_info__ < (0, 11),
-        f"compute capability 9.0; {device.name} has {device.capability}": device.capability != 9.0 and not interpret,
-        f"bfloat16 or float16 q and pages of one type; they are {q.dtype} and {pages.dtype}": q.dtype != pages.dtype
-        or q.dtype not in (jnp.bfloat16, jnp.float16),
-        f"heads of 64 or 128; they are of {dim}": dim not in (64, 128),  # two stages of 256 exceed shared memory
-        f"a block_k that is a multiple of 64; it is {block_k}": block_k % 64 != 0,  # wgmma's, of a swizzled operand
-        f"at most 64 query heads a kv head; there are {group}": group > 64,
-        f"a page_size that is a power of two from 8 on; it is {page_size}": page_size < 8
-        or bool(page_size & (page_size - 1)),
-        "a pool without scales": scales is not None,
+    has_types = q.dtype == pages.dtype and q.dtype in (jnp.bfloat16, jnp.float16)
+    rows, shared = sizes.block_q * group, mosaic_shared_bytes(op, group, dim, sizes)
+    needs = {
+        f"jax 0.11 or later, and this is {jax.__version__}": jax.__version_info__ >= (0, 11),
+        f"compute capability 9.0; {device.name} has {device.capability}": device.capability == 9.0 or interpret,
+        f"bfloat16 or float16 q and pages of one type; they are {q.dtype} and {pages.dtype}": has_types,
+        "a pool without scales": scales is None,
+        f"a scale above 0; it is {scale}": scale > 0,
+        f"heads of a multiple of 16 up to 256; they are of {dim}": dim % 16 == 0 and dim <= 256,
+        f"a page_size that is a multiple of 8; it is {page_size}": page_size % 8 == 0,  # rows of a tile of TMA's
+        f"a block_k of 64, 128, 192 or 256; it is {sizes.block_k}": sizes.block_k in (64, 128, 192, 256),  # wgmma's
+        f"block_q x query heads a kv head of at most 128; they are {sizes.block_q} x {group}": rows <= 128,
+        f"at most {SHARED >> 10} KB of shared memory; a block_k of {sizes.block_k} and {sizes.num_stages} stages take "
+        f"{shared >> 10} KB": shared <= SHARED,
     }
-    if missing := [need for need, is_missing in reasons.items() if is_missing]:
-        raise ValueError(f"the mosaic backend needs {'; '.join(missing)}: use triton instead")
-    from jaxpaged.kernels import mosaic_attention
-
-    num_splits = num_splits or _splits(pages, page_table, device, window, block_k)
-    _check_sizes(block_k=block_k, num_splits=num_splits)
-    return mosaic_attention.paged_attention(
-        q,
-        pages,
-        page_table,
-        kv_lens,
-        sinks=sinks,
-        window=window,
-        block_k=block_k,
-        num_stages=num_stages or 2,
-        num_splits=num_splits,
-        interpret=mosaic_attention.plgpu.InterpretGPUParams() if interpret else None,
-        **meaning,
-    )
-
-
-def _check_sizes(*, block_k: int, num_splits: int = 1) -> None:
-    if block_k < 16 or block_k & (block_k - 1):
-        raise ValueError(f"block_k is {block_k}; it must be a power of two and at least 16")
-    if num_splits < 1:
-        raise ValueError(f"num_splits is {num_splits}; it must be at least 1")
+    return [need for need, is_met in needs.items() if not is_met]

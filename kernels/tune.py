@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.kernels import trial
-from jaxpaged.kernels.tiles import TUNED, Device, current_device, file_name, rule
+from jaxpaged.kernels.tiles import SHARED, TUNED, Device, Tiles, current_device, file_name, mosaic_shared_bytes, rule
 from jaxpaged.kernels.trial import Shape, decode_shape, prompt_shape
 
 MARGIN = 0.03  # a gain that is above what two timings of one program differ by
@@ -164,14 +164,15 @@ def candidates(case: Case, device: Device) -> Iterable[Candidate]:
     if case.op == "decode":
         for block_k, warps, stages in product((64, 128, 32), (4, 8, 2), (5, 3, 4)):
             yield Candidate("triton", None, block_k, warps, stages)
-        if device.capability == 9.0 and case.pool in ("bfloat16", "float16") and case.head_dim in (64, 128):
-            for block_k, stages in product((128, 64), (2, 3, 4)):
-                if 2 * block_k * case.head_dim * 2 * stages <= 160 << 10:  # of Hopper's 227 KB, beside q and the result
-                    yield Candidate("mosaic", None, block_k, None, stages)
-        return
-    for rows, block_k, warps, stages in product((128, 64), (64, 32, 128), (8, 4), (5, 3, 2)):
-        if rows * case.head_dim < 128 * 128 or warps == 8:  # or it spills registers, compiled for an H200
-            yield Candidate("triton", max(1, rows // case.group), block_k, warps, stages)
+    else:
+        for rows, block_k, warps, stages in product((128, 64), (64, 32, 128), (8, 4), (5, 3, 2)):
+            if rows * case.head_dim < 128 * 128 or warps == 8:  # or it spills registers, compiled for an H200
+                yield Candidate("triton", max(1, rows // case.group), block_k, warps, stages)
+    if device.capability == 9.0 and case.pool in ("bfloat16", "float16"):
+        for rows, block_k, stages in product((128, 64) if case.op == "ragged" else (0,), (128, 64), (2, 3, 4, 1)):
+            sizes = Tiles(max(1, rows // case.group), block_k, num_warps=4, num_stages=stages)
+            if mosaic_shared_bytes(case.op, case.group, case.head_dim, sizes) <= SHARED:
+                yield Candidate("mosaic", sizes.block_q if rows else None, block_k, None, stages)
 
 
 def shapes(case: Case, *, small: bool = False) -> list[Shape]:

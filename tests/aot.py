@@ -111,6 +111,7 @@ def compile_for(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function, donate_argnums=donate).lower(*shapes)
     options = {"xla_dump_to": str(dump), "xla_dump_emitter_re": "ptx"}
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)  # Mosaic compiles for itself, and looks here each time
     compiled = lowered.compile(compiler_options=options)
     memory = compiled.memory_analysis()
     ours = [path for path in sorted(dump.glob("*.ptx")) if _OURS.search(path.read_text())]
@@ -137,6 +138,7 @@ def _inspect(path: Path, gpu: str) -> Kernel:
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     words = ("cp.async.cg", "cp.async.ca", "cp.async.bulk.tensor", "mma.sync", "wgmma.mma_async")
     spilled_bytes = sum(int(n) for pair in spills for n in pair)
+    name = name.removesuffix("_mosaic_gpu_kernel")
     return Kernel(name, int(registers), spilled_bytes, Counter({word: text.count(word) for word in words}), text)
 
 

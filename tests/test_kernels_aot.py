@@ -5,6 +5,7 @@ Skipped where the compiler's wheels are absent; `make test-aot` installs them in
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxpaged.kernels import tiles
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
 from jaxpaged.model.cache import cache_shapes
 from jaxpaged.model.params import map_specs
@@ -40,10 +42,10 @@ def _compile_anew():
     compilation_cache.reset_cache()
 
 
-def compiled(gpu, op, dump, *, pool="bfloat16", q=None, dim=128, group=4, num_pages=8192, **options):
+def compiled(gpu, op, dump, *, pool="bfloat16", q=None, dim=128, group=4, page_size=16, num_pages=8192, **options):
     """32 sequences of up to 4096 tokens, 8 kv heads; the q dtype is the pool's unless that is of 8 bits."""
     struct = jax.ShapeDtypeStruct
-    pages = struct((num_pages, 16, 2, 8, dim), jnp.dtype(pool))
+    pages = struct((num_pages, page_size, 2, 8, dim), jnp.dtype(pool))
     table, lens = struct((32, 256), INT), struct((32,), INT)
     q = jnp.dtype(pool) if pages.dtype.itemsize > 1 else jnp.bfloat16
     scales = struct(pages.shape[:-1], jnp.float32) if pages.dtype.itemsize == 1 else None
@@ -90,6 +92,42 @@ def test_the_merge_spills_nothing(gpu, tmp_path):
     program = compiled(gpu, paged_attention, tmp_path, num_splits=4)
     assert sorted(program.kernels) == ["paged_attention_decode_split", "paged_attention_merge"]
     assert program.kernels["paged_attention_merge"].spilled_bytes == 0
+
+
+BY_MOSAIC = [
+    *((paged_attention, case) for case in ({}, {"group": 16}, {"page_size": 8}, EVERYTHING, {"dim": 256})),
+    *((ragged_paged_attention, {"dim": dim}) for dim in (16, 64, 80, 128, 256)),
+    *((ragged_paged_attention, {"group": group}) for group in (1, 7, 16)),
+    *((ragged_paged_attention, {"page_size": size}) for size in (8, 48, 256)),
+    (ragged_paged_attention, EVERYTHING | {"pool": "float16"}),
+]
+has_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11 or later")
+
+
+@has_mosaic
+@pytest.mark.parametrize(("op", "case"), BY_MOSAIC)
+def test_mosaics_default_sizes_spill_no_register_and_use_tma_and_wgmma(op, case, tmp_path):
+    (kernel,) = compiled("H200", op, tmp_path, backend="mosaic", **case).kernels.values()
+    # Heads of 256 spill one register, stored once before the loop and loaded at most twice after it.
+    assert kernel.spilled_bytes <= (12 if case.get("dim") == 256 else 0)
+    assert kernel.instructions["cp.async.bulk.tensor"] > 0
+    assert kernel.instructions["wgmma.mma_async"] > 0
+    assert kernel.instructions["cp.async.cg"] + kernel.instructions["mma.sync"] == 0
+
+
+@has_mosaic
+def test_a_decode_step_by_mosaic_is_one_cuda_graph_too(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps({"decode": [{"backend": "mosaic"}]}))
+    monkeypatch.setattr(tiles, "TUNED", tmp_path)
+    (tmp_path / "dump").mkdir()
+    program = step_program(4, 64, 0, tmp_path / "dump")
+    assert sorted(program.kernels) == ["paged_attention_decode"]
+    assert program.launches["kCommandBuffer"] == 1
+    assert set(program.launches) == {"kCommandBuffer", "kCustomKernel", "kCustomCall"}
+    assert program.launches["kCustomCall"] == 4
+    assert program.launches["kCustomKernel"] <= 4 * 13 + 12
+    assert program.aliased_bytes == 4 * POOL_BYTES
+    assert program.temporary_bytes < 32 * 2**20
 
 
 def test_large_pools_are_addressed_in_64_bits(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from functools import partial
 
@@ -13,7 +14,7 @@ import pytest
 
 from jaxpaged.kernels import tiles
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
-from jaxpaged.kernels.tiles import Device, Tiles, splits_for, tiles_for
+from jaxpaged.kernels.tiles import Device, Tiles, backend_for, splits_for, tiles_for
 
 # jax 0.11 announces the end of its Triton lowering, which our range of versions has.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
@@ -148,10 +149,62 @@ def test_measured_sizes_replace_the_rule_and_given_ones_replace_both(tmp_path, m
     assert choose(group=4, head_dim=128, block_k=32, num_stages=None) == rule._replace(block_k=32)
 
 
+@OPS
+@pytest.mark.parametrize(
+    ("how", "taken"),
+    [
+        ({}, "mosaic_gpu"),
+        ({"dim": 64}, "gpu.triton"),  # the row is of another head size
+        ({"pool": jnp.int8}, "gpu.triton"),  # fits the row, and mosaic cannot
+        ({"backend": "triton"}, "gpu.triton"),
+    ],
+    ids=str,
+)
+def test_auto_takes_the_backend_that_was_measured_where_it_can(op, how, taken, tmp_path, monkeypatch):
+    row = {"head_dim": 128, "backend": "mosaic", "block_k": 64}
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps({"decode": [row], "ragged": [row]}))
+    monkeypatch.setattr(tiles, "TUNED", tmp_path)
+    shape = {name: value for name, value in how.items() if name != "backend"}
+    with on("NVIDIA H200"):
+        traced = jax.jit(partial(op, scale=1.0, backend=how.get("backend", "auto"))).trace(*shapes(op, **shape))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    if jax.__version_info__ < (0, 11):
+        taken = "gpu.triton"
+    assert [name for name in ("gpu.triton", "mosaic_gpu") if name in text] == [taken]
+
+
+def test_a_row_gives_sizes_to_its_own_backend_only(tmp_path, monkeypatch):
+    rows = [{"backend": "mosaic", "block_k": 64}, {"block_k": 16}]
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps({"decode": rows}))
+    monkeypatch.setattr(tiles, "TUNED", tmp_path)
+    facts = {"group": 4, "head_dim": 128, "pool": jnp.bfloat16}
+    assert backend_for("decode", H200, **facts) == "mosaic"
+    assert tiles_for("decode", H200, **facts, backend="mosaic").block_k == 64
+    assert tiles_for("decode", H200, **facts).block_k == 16
+    assert backend_for("ragged", H200, **facts) is None
+
+
+def test_mosaics_rule_fills_tiles_and_fits_in_shared_memory():
+    for group, dim in itertools.product((1, 2, 3, 4, 6, 7, 8, 16, 64, 71), (64, 80, 96, 128, 192, 256)):
+        if group > 64 and dim > 128:
+            continue  # 128 rows of wide heads: refused
+        for op in ("decode", "ragged"):
+            sizes = tiles_for(op, H200, group=group, head_dim=dim, pool=jnp.bfloat16, backend="mosaic")
+            assert tiles.mosaic_shared_bytes(op, group, dim, sizes) <= tiles.SHARED
+            assert sizes.block_q == 1 or (64 if dim <= 128 else 32) < sizes.block_q * group <= 128
+
+
 def test_tuned_files_with_unknown_words_are_refused(tmp_path, monkeypatch):
     (tmp_path / "nvidia-h200.json").write_text(json.dumps({"decode": [{"heads": 4}]}))
     monkeypatch.setattr(tiles, "TUNED", tmp_path)
     with pytest.raises(ValueError, match=r"nvidia-h200.json: unknown heads; known: group, head_dim"):
+        tiles_for("decode", H200, pool=jnp.bfloat16, group=4, head_dim=128)
+
+
+def test_tuned_files_with_unknown_backends_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps({"decode": [{"backend": "cuda"}]}))
+    monkeypatch.setattr(tiles, "TUNED", tmp_path)
+    with pytest.raises(ValueError, match=r"nvidia-h200.json: unknown backend 'cuda'; known: triton, mosaic"):
         tiles_for("decode", H200, pool=jnp.bfloat16, group=4, head_dim=128)
 
 
