@@ -198,6 +198,9 @@ def test_special_tokens_in_a_message_are_no_fault(server, right):
     special = server.engine.tokenizer.backend.id_to_token(min(server.engine.tokenizer.special_token_ids))
     answer = server.post(CHAT, messages=[{"role": "user", "content": f"ban {special} an"}], max_tokens=2)
     assert answer.status_code == 200
+    tokens = server.post("/tokenize", messages=[{"role": "user", "content": f"ban {special} an"}]).json()["tokens"]
+    assert not server.engine.tokenizer.special_token_ids & set(tokens)
+    assert server.engine.tokenizer.decode(tokens) == f"user:ban {special} an\nassistant:"
     assert server.post(COMPLETIONS, **GREEDY).json()["choices"][0]["text"] == right
 
 

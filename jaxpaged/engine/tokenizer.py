@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -74,10 +75,76 @@ class Tokenizer:
         return render_chat(self.chat_template, messages, add_generation_prompt=add_generation_prompt, **given)
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        max_characters: int | None = None,
+        **variables: Any,
     ) -> list[int]:
-        """The token ids of the rendered conversation; the template itself writes the special tokens."""
-        return self.encode(self.render_chat(messages, add_generation_prompt, **variables), add_special_tokens=False)
+        """The token ids of the rendered conversation; the template itself writes the special tokens.
+
+        Those written in a message's content are text like any other: whoever writes a message cannot end it, or begin
+        another's. Raises RequestError, also where the conversation has over `max_characters`.
+        """
+        opening, closing = (f"\ufdd0{secrets.token_hex(8)}" for _ in range(2))
+        marked = [self._marked(message, opening, closing) for message in messages]
+        text = self.render_chat(marked, add_generation_prompt, **variables)
+        if max_characters is not None and len(text) > max_characters:
+            raise RequestError(
+                f"the messages have {len(text):,} characters but {max_characters:,} can fit the model's length; "
+                "shorten them"
+            )
+        pieces = re.split(f"{opening}(.*?){closing}", text)
+        is_marked = any(one is not other for one, other in zip(marked, messages, strict=True))
+        if is_marked and "".join(pieces) != self.render_chat(messages, add_generation_prompt, **variables):
+            raise RequestError(
+                "a message holds special tokens, and the chat template does more with it than to write it down; "
+                "take them out of the message"
+            )
+        token_ids: list[int] = []
+        for place, piece in enumerate(pieces):
+            if place % 2:
+                token_ids += self._literal.encode(piece, add_special_tokens=False).ids
+            else:
+                token_ids += self.encode(piece, add_special_tokens=False)
+        return token_ids
+
+    def _marked(self, message: Message, opening: str, closing: str) -> Message:
+        """The message with every special token in its content between the marks, or itself where there is none."""
+
+        def mark(text: Any) -> Any:
+            if not isinstance(text, str) or not any(special in text for special in self._special_texts):
+                return text
+            return self._special_pattern.sub(lambda found: f"{opening}{found[0]}{closing}", text)
+
+        content = message.get("content") if hasattr(message, "get") else None  # what is no message is refused later
+        if isinstance(content, str):
+            marked = mark(content)
+            return message if marked is content else dict(message) | {"content": marked}
+        if isinstance(content, Sequence):
+            parts = [
+                dict(p) | {"text": mark(p["text"])} if isinstance(p, Mapping) and "text" in p else p for p in content
+            ]
+            return dict(message) | {"content": parts}
+        return message
+
+    @cached_property
+    def _special_texts(self) -> list[str]:
+        """The longest first, so that of one that begins another the whole is found."""
+        texts = (self.backend.id_to_token(token) for token in self.special_token_ids)
+        return sorted(filter(None, texts), key=len, reverse=True)
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._special_texts)))
+
+    @cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        """The same vocabulary, to which special tokens are text."""
+        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; ids past the vocabulary have none."""

@@ -148,16 +148,14 @@ class App:
         model = self._model(request.model)
         params = generation.chat_params(request)
         turn = request.add_generation_prompt is not False
-        text, token_ids = await self.engine.offload(self._encode_chat, request.messages, turn)
+        token_ids = await self.engine.offload(self._encode_chat, request.messages, turn)
         form = generation.ChatForm(request, self.engine)
-        prompts = [(token_ids, text)]
+        prompts = [(token_ids, None)]
         await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observe)
 
-    def _encode_chat(self, messages: Sequence[Message], turn: bool) -> tuple[str, list[int]]:
+    def _encode_chat(self, messages: Sequence[Message], turn: bool) -> list[int]:
         tokenizer = self._tokenizer()
-        text = tokenizer.render_chat(messages, add_generation_prompt=turn)
-        self._check_length(text, tokenizer)
-        return text, tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode_chat(messages, turn, max_characters=self._max_characters(tokenizer))
 
     def _observe(self, output: RequestOutput, num_generated: int) -> None:
         times = output.metrics
@@ -182,7 +180,7 @@ class App:
             raise RequestError("give either prompt or messages")
         if request.messages is not None:
             turn = request.add_generation_prompt is not False
-            _, token_ids = await self.engine.offload(self._encode_chat, request.messages, turn)
+            token_ids = await self.engine.offload(self._encode_chat, request.messages, turn)
         else:
             special = request.add_special_tokens is not False
             token_ids = await self.engine.offload(self._encode, request.prompt, special)
@@ -207,14 +205,14 @@ class App:
 
     def _encode(self, text: str, special: bool) -> list[int]:
         tokenizer = self._tokenizer()
-        self._check_length(text, tokenizer)
-        return tokenizer.encode(text, special)
-
-    def _check_length(self, text: str, tokenizer: Tokenizer) -> None:
-        """Before any time is spent on encoding what cannot be served."""
-        most = self.engine.max_model_len * tokenizer.longest_token
+        most = self._max_characters(tokenizer)
         if len(text) > most:
             raise RequestError(f"the prompt has {len(text):,} characters; at most {most:,} can fit the model's length")
+        return tokenizer.encode(text, special)
+
+    def _max_characters(self, tokenizer: Tokenizer) -> int:
+        """More than that is refused before any time is spent on encoding it."""
+        return self.engine.max_model_len * tokenizer.longest_token
 
     # About the server
 
