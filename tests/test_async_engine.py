@@ -208,6 +208,24 @@ def test_paused_engine_takes_no_step_and_goes_on_with_the_same_tokens(engine):
     assert resumed == whole
 
 
+def test_requests_outlive_the_engines_sleep(engine):
+    async def run():
+        whole = (await collect(engine, PROMPTS[1], LONG))[-1].outputs[0].token_ids
+        generator = engine.generate(PROMPTS[1], LONG)
+        await anext(generator)
+        await engine.sleep()
+        later = asyncio.create_task(collect(engine, PROMPTS[0]))
+        aborted = asyncio.create_task(collect(engine, PROMPTS[2], LONG, request_id="bored", output_kind="final"))
+        while not await engine.abort("bored"):
+            await asyncio.sleep(0)
+        reason = (await asyncio.wait_for(aborted, 10))[-1].outputs[0].finish_reason
+        await engine.wake_up()
+        return whole, (await to_the_end(generator))[-1].outputs[0].token_ids, reason, await later
+
+    whole, resumed, reason, later = asyncio.run(run())
+    assert resumed == whole and reason == "abort" and later[-1].finished
+
+
 def test_idle_engine_does_not_run():
     engine = AsyncEngine(make_engine())
     asyncio.run(collect(engine, PROMPTS[0]))

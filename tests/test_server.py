@@ -256,6 +256,10 @@ def test_admin_routes_pause_and_resume(server):
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/completions", json=GREEDY | {"prompt": "x"}, timeout=0.3)
     assert server.post("/resume").status_code == 200
+    assert server.post("/sleep?level=2").status_code == 400
+    assert server.post("/sleep").status_code == 200 and server.inner.is_sleeping
+    assert server.post("/wake_up").status_code == 200
+    assert server.post("/v1/completions", **GREEDY, prompt="x").status_code == 200
     assert server.post("/reset_prefix_cache").status_code == 200
     assert server.inner.stats().pages_cached == 0
 

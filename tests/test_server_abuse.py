@@ -313,6 +313,7 @@ def test_slow_header_and_slow_body_are_cut_off(folder, monkeypatch):
 
 def test_disconnects_at_any_time_leak_no_page(server, right):
     rng = random.Random(0)
+    before = server.inner.stats().generation_tokens
     with slow_steps(server, 0.002):
         for turn in range(40):
             body = json.dumps(LONG | {"stream": turn % 2 == 0, "n": rng.choice([1, 3])}).encode()
@@ -323,6 +324,7 @@ def test_disconnects_at_any_time_leak_no_page(server, right):
                 if whole and turn % 2 == 0:
                     connection.recv(1_000)
     assert server.pages_held() == 0
+    assert server.inner.stats().generation_tokens - before < 6_000, "over 20,000 were asked for"
     assert server.http.get("/load").json() == {"server_load": 0}
     assert server.post(COMPLETIONS, **GREEDY).json()["choices"][0]["text"] == right
 

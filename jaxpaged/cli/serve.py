@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FLOAT",
         help="seconds in one step after which /health says 503 (default: %(default)s)",
     )
-    group.add_argument("--enable-admin", action="store_true", help="serve /pause, /resume and /reset_prefix_cache")
+    group.add_argument(
+        "--enable-admin", action="store_true", help="serve /pause, /resume, /sleep, /wake_up, /reset_prefix_cache"
+    )
     group.add_argument("--enable-log-requests", action="store_true", help="a line in the log for each request")
 
 

@@ -83,6 +83,8 @@ class App:
                 "/reset_prefix_cache": {"POST": self._reset_prefix_cache},
                 "/pause": {"POST": self._pause},
                 "/resume": {"POST": self._resume},
+                "/sleep": {"POST": self._sleep},
+                "/wake_up": {"POST": self._wake_up},
             }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -269,6 +271,17 @@ class App:
 
     async def _resume(self, exchange: Exchange, body: bytes) -> None:
         await self.engine.resume()
+        await exchange.reply(b"")
+
+    async def _sleep(self, exchange: Exchange, body: bytes) -> None:
+        level = exchange.query.get("level", "1")
+        if level != "1":
+            raise RequestError(f"level is {level!r}; only 1 is served: weights to wake up with cannot be sent here")
+        await self.engine.sleep()
+        await exchange.reply(b"")
+
+    async def _wake_up(self, exchange: Exchange, body: bytes) -> None:
+        await self.engine.wake_up()
         await exchange.reply(b"")
 
     def _model(self, name: str | None) -> str:

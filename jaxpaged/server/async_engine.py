@@ -15,13 +15,14 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from jaxpaged.engine.engine import Engine, EngineStats, request_ids
 from jaxpaged.engine.intake import Prompt
 from jaxpaged.engine.report import OutputKind
 from jaxpaged.errors import EngineDeadError, QueueFullError, RequestError
 from jaxpaged.llm import LLM
+from jaxpaged.model.params import Params
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.sampling_params import SamplingParams
 
@@ -178,6 +179,14 @@ class AsyncEngine:
         """Go on where `pause` stopped."""
         await self.call(lambda engine: self._set_paused(False))
 
+    async def sleep(self, level: Literal[1, 2] = 1) -> None:
+        """Give the pool's memory back and, at level 2, the weights': `Engine.sleep`. Requests wait until `wake_up`."""
+        await self.call(lambda engine: engine.sleep(level))
+
+    async def wake_up(self, params: Params | None = None) -> None:
+        """Make the pool again and go on: `Engine.wake_up`."""
+        await self.call(lambda engine: engine.wake_up(params))
+
     async def stats(self) -> EngineStats:
         """What the engine is doing and has done."""
         return await self.call(Engine.stats)
@@ -289,7 +298,11 @@ class AsyncEngine:
 
     @property
     def _has_work(self) -> bool:
-        return self._engine.has_unfinished and not self._paused
+        return self._engine.has_unfinished and not self._rests
+
+    @property
+    def _rests(self) -> bool:
+        return self._paused or self._engine.is_sleeping
 
     def _take_calls(self) -> bool:
         """Do what was asked for, once there is that or a step to do. False where the thread shall end."""
@@ -306,7 +319,7 @@ class AsyncEngine:
                     call.future.set_result(call.function(self._engine))
                 except Exception as error:
                     call.future.set_exception(error)
-        if self._paused:
+        if self._rests:
             self._deliver(self._engine.take_aborted())
         return not stopping
 
