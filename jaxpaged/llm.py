@@ -14,10 +14,10 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import LoadedModel, load
 from jaxpaged.engine import exports
+from jaxpaged.engine.compilation import Build, traced
 from jaxpaged.engine.engine import Engine, request_ids
 from jaxpaged.engine.intake import Prompt
 from jaxpaged.engine.report import OutputKind
-from jaxpaged.engine.runner import Build, traced
 from jaxpaged.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxpaged.errors import CheckpointError, ConfigError, RequestError
 from jaxpaged.model.params import Params

@@ -13,7 +13,7 @@ from test_kernels_dispatch import on
 from test_paged_attention import Options, exact
 
 from jaxpaged import ConfigError, EngineConfig, SamplingParams, functional
-from jaxpaged.engine import runner
+from jaxpaged.engine import memory_budget
 from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.functional import Span
 from jaxpaged.kernels.paged_attention import ragged_paged_attention
@@ -178,7 +178,7 @@ def test_no_step_copies_an_eight_bit_pool(int8_llm):
 
 
 def test_eight_bit_pools_hold_more_pages_in_the_same_memory(monkeypatch):
-    monkeypatch.setattr(runner, "_CPU_POOL_BYTES", 10_000)
+    monkeypatch.setattr(memory_budget, "_CPU_POOL_BYTES", 10_000)
     for dtype in ("bfloat16", "int8"):
         engine = make(cache_dtype=dtype, num_pages=None).engine.runner
         assert engine.cache.num_pages == 10_000 // page_bytes(SPEC, 4, dtype)

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine.beam_search import BeamSearch
+from jaxpaged.engine.compilation import Build, traced
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.intake import Intake, Prompt
@@ -24,7 +25,7 @@ from jaxpaged.engine.page_map import PageInfo, page_map
 from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.report import OutputKind, Tracked, report, token_logprobs
 from jaxpaged.engine.request import Sequence, seed_words
-from jaxpaged.engine.runner import Build, InFlight, PromptPart, Runner, traced
+from jaxpaged.engine.runner import InFlight, PromptPart, Runner
 from jaxpaged.engine.scheduler import Scheduler
 from jaxpaged.engine.scoring import Scores
 from jaxpaged.engine.tokenizer import Tokenizer

@@ -22,7 +22,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tqdm import tqdm
 
 from jaxpaged.config import EngineConfig
-from jaxpaged.engine.runner import Build, Jitted, Runner
+from jaxpaged.engine.compilation import Build, Jitted, Lowered
+from jaxpaged.engine.runner import Runner
 from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.kernels.tiles import current_device
 from jaxpaged.model import cache as kv_cache
@@ -59,20 +60,20 @@ class Export(NamedTuple):
     config: EngineConfig
     platform: str
 
-    def build(self, name: str, jitted: Jitted, shapes: tuple[Any, ...]) -> Callable[..., Any]:
+    def build(self, name: str, jitted: Jitted, shapes: tuple[Any, ...]) -> Lowered:
         """The runner's `Build`: of `jitted` only the options are looked at."""
         _, options = jitted
         _register()
         file = self.folder / "steps" / self.platform / f"{name}.bin"
         try:
             exported = jax.export.deserialize(bytearray(file.read_bytes()))
-            compiled: Callable[..., Any] = jax.jit(exported.call, **options).lower(*shapes).compile()
+            lowered: Lowered = jax.jit(exported.call, **options).lower(*shapes)
         except OSError as error:
             raise CheckpointError(f"cannot read {file}: {error.strerror or error}; export the model again") from error
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{file} does not fit this engine ({reason}); export the model again") from error
-        return compiled
+        return lowered
 
 
 def write(
@@ -164,13 +165,20 @@ def read(folder: str | Path, **settings: Any) -> Export:
 def _writer(steps: Path, platform: str) -> Build:
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
 
-    def build(name: str, jitted: Jitted, shapes: tuple[Any, ...]) -> Callable[..., Any]:
+    def build(name: str, jitted: Jitted, shapes: tuple[Any, ...]) -> Lowered:
         function, options = jitted
         export = jax.export.export(jax.jit(function, **options), platforms=[platform], disabled_checks=checks)
         (steps / f"{name}.bin").write_bytes(export(*shapes).serialize())
-        return jax.jit(function, **options)
+        return _Written()
 
     return build
+
+
+class _Written:
+    """Stands for a function that was written down, and is not to run here."""
+
+    def compile(self) -> Callable[..., Any]:
+        return self.compile
 
 
 def _as_if_on(platform: str, gpu: str | None) -> AbstractContextManager[Any]:

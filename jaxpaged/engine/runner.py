@@ -7,23 +7,22 @@ waiting for the one before: the tokens that one sampled stay on the device and a
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import batch
 from jaxpaged.engine.batch import Bucket
+from jaxpaged.engine.compilation import Build, Compiler, Jitted, traced, use_compilation_cache
 from jaxpaged.engine.host_pages import HostPages, pages_worth_moving
 from jaxpaged.engine.logit_edits import row_edits
+from jaxpaged.engine.memory_budget import affordable_pages, fitting_model_len, host_pages
 from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.engine.request import Sequence
 from jaxpaged.engine.scheduler import Chunk, Plan
@@ -51,9 +50,7 @@ log = logging.getLogger("jaxpaged")
 _NOTHING: Any = np.empty(0)
 _NO_LOGPROBS = Logprobs(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
 _PROMPT_ROWS = 64  # prompt tokens whose logprobs one call computes
-_CPU_POOL_BYTES = 4 << 30  # the CPU's memory is other programs' too: more must be asked for with num_pages
 _ALWAYS_TRACED = ("read_pages", "write_pages")  # they know nothing of the model, but where the host's memory is
-_COMPILE_RESERVE = 0.02  # of a GPU's memory, for activations
 
 
 class PromptPart(NamedTuple):
@@ -83,21 +80,6 @@ class InFlight(NamedTuple):
     param_version: int
 
 
-Jitted = tuple[Callable[..., Any], dict[str, Any]]
-"""A function and the options of jax.jit."""
-
-Build = Callable[[str, Jitted, tuple[Any, ...]], Callable[..., Any]]
-"""build(name, jitted, shapes) -> the function, compiled for arguments of these shapes."""
-
-
-def traced(name: str, jitted: Jitted, shapes: tuple[Any, ...]) -> Callable[..., Any]:
-    """Traced, lowered and compiled here and now."""
-    del name
-    function, options = jitted
-    compiled: Callable[..., Any] = jax.jit(function, **options).lower(*shapes).compile()
-    return compiled
-
-
 class Runner:
     """Compiles, dispatches and reads steps."""
 
@@ -122,8 +104,6 @@ class Runner:
         self.params = params if placement is None else placement.place(params, spec)
         spec = self.spec
         self.param_version = 0
-        self.num_compilations = 0
-        self.is_compiling = False  # in the midst of a step only where nothing was compiled at the start
         on_cpu = current_device().platform == "cpu"
         self.max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
         self.max_num_batched_tokens = max(self.max_num_batched_tokens, config.max_num_seqs)
@@ -132,21 +112,35 @@ class Runner:
         dtype = params["embed"]["w"].dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
         self.page_bytes = page_bytes(spec, config.page_size, dtype)
         fit = PoolFit(spec, params["embed"]["w"].dtype, dtype, config)
-        num_pages = fit.check(config.num_pages) if config.num_pages else fit.most(self._affordable_pages(config))
-        self.max_model_len = _fitting_model_len(spec, config, num_pages)
+        num_pages = (
+            fit.check(config.num_pages)
+            if config.num_pages
+            else fit.most(affordable_pages(config, self.spec, self.page_bytes, placement))
+        )
+        self.max_model_len = fitting_model_len(spec, config, num_pages)
         self.max_pages = -(-self.max_model_len // config.page_size)
         self.cache = self._cache_shapes(num_pages, config.page_size, dtype)
         if self.has_params:
             self.wake()
-        self.num_host_pages = self._host_pages(config)
+        self.num_host_pages = host_pages(config, self.page_bytes)
         self._host = HostPages(self.cache.pools, self.num_host_pages)
         self.buckets = batch.make_buckets(config.max_num_seqs, self.max_num_batched_tokens)
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
         self._max_rows = max(b.num_rows for b in self.buckets)
         self._nothing_sampled = jnp.zeros(self._max_rows, jnp.int32)
         self._build = build
-        self._compiled: dict[tuple[str, int | Bucket], Callable[..., Any]] = {}
-        _use_compilation_cache(config.compilation_cache_dir)
+        self._compiler = Compiler()
+        use_compilation_cache(config.compilation_cache_dir)
+
+    @property
+    def num_compilations(self) -> int:
+        """Functions compiled so far, each for a shape of its own."""
+        return self._compiler.num_compiled
+
+    @property
+    def is_compiling(self) -> bool:
+        """True in the midst of a step only where nothing was compiled at the start."""
+        return self._compiler.is_compiling
 
     @property
     def is_sleeping(self) -> bool:
@@ -176,21 +170,22 @@ class Runner:
 
     def functions(self) -> list[Callable[[], object]]:
         """A call for each function and bucket that compiles it, unless it has been."""
-        jobs: list[Callable[[], object]] = [self._scrub, self._copy_pages]
-        jobs += [self._read_pages, self._write_pages] if self.num_host_pages else []
-        for bucket in self.buckets:
+        jobs: list[Callable[[], object]] = []
+        for bucket in reversed(self.buckets):  # the largest take longest
             jobs.append(partial(self._forward, bucket))
-            jobs += [partial(f, bucket.num_rows) for f in (self._sample, self._logprobs, self._edit, self._restrict)]
             if bucket.num_chunk_tokens:
                 jobs.append(partial(self._prompt_logprobs, bucket.num_tokens))
+        for rows in {bucket.num_rows for bucket in self.buckets}:
+            jobs += [partial(f, rows) for f in (self._sample, self._logprobs, self._edit, self._restrict)]
+        jobs += [self._scrub, self._copy_pages]
+        jobs += [self._read_pages, self._write_pages] if self.num_host_pages else []
         return jobs
 
     def warm_up(self, *, show_progress: bool = True) -> None:
         """Compile every function for every bucket, so that no later step compiles."""
         started = time.monotonic()
         before = self.num_compilations
-        for job in tqdm(self.functions(), desc="compiling", unit="function", disable=not show_progress, leave=False):
-            job()
+        self._compiler.ahead(self.functions(), show_progress=show_progress)
         count, seconds = self.num_compilations - before, time.monotonic() - started
         log.info("compiled %d functions for %d buckets in %.1f s", count, len(self.buckets), seconds)
 
@@ -284,15 +279,10 @@ class Runner:
 
     def _compile(self, key: tuple[str, int | Bucket], jitted: Jitted, *shapes: Any) -> Callable[..., Any]:
         """The function compiled for these shapes, now or before."""
-        if key not in self._compiled:
-            self.is_compiling = True
-            kind, size = key
-            name = "-".join(map(str, (kind, *(size if isinstance(size, Bucket) else (size,)))))
-            build = traced if kind in _ALWAYS_TRACED else self._build
-            self._compiled[key] = build(name, jitted, jax.tree.map(self._on_mesh, shapes))
-            self.is_compiling = False
-            self.num_compilations += 1
-        return self._compiled[key]
+        name, size = key
+        sizes = size if isinstance(size, Bucket) else (size,)
+        build = traced if name in _ALWAYS_TRACED else self._build
+        return self._compiler.get((name, sizes), build, jitted, jax.tree.map(self._on_mesh, shapes))
 
     def _jit(self, function: Callable[..., Any], outputs: Any, donate: int | None = None) -> Jitted:
         """`function` to be compiled, its `outputs` (a prefix of them, in shardings) where later calls expect them."""
@@ -426,57 +416,6 @@ class Runner:
     def _logits(self, rows: int) -> Any:
         return jax.ShapeDtypeStruct((rows, self.spec.vocab_size), np.float32, sharding=self._cut_logits)
 
-    def _host_pages(self, config: EngineConfig) -> int:
-        """Pages that fit the memory of the host's share. Raises ConfigError where none does, or it is not there."""
-        wanted, free = int(config.host_cache_gb * 2**30), _free_host_memory()
-        if wanted > free:
-            raise ConfigError(
-                f"host_cache_gb is {config.host_cache_gb:g} but {free / 2**30:.1f} GiB of the host's memory are free; "
-                "lower it"
-            )
-        if 0 < wanted < self.page_bytes:
-            raise ConfigError(
-                f"host_cache_gb is {config.host_cache_gb:g}, {wanted:,} bytes, but a page takes {self.page_bytes:,}; "
-                "raise it, or set it to 0"
-            )
-        return wanted // self.page_bytes
-
-    def _affordable_pages(self, config: EngineConfig) -> int:
-        """Pages that fit the device's free memory, and no more than all sequences at full length can use."""
-        here = jax.local_devices()[0] if self.placement is None else self.placement.mesh.devices.flat[0]
-        stats = here.memory_stats()
-        if stats and "bytes_limit" in stats:
-            budget = int(stats["bytes_limit"] * (config.memory_utilization - _COMPILE_RESERVE)) - stats["bytes_in_use"]
-        else:
-            budget = min(int(_free_host_memory() * config.memory_utilization), _CPU_POOL_BYTES)
-        useful = config.max_num_seqs * -(-(config.max_model_len or self.spec.max_positions) // config.page_size) + 1
-        shards = 1 if self.placement is None or here.platform == "cpu" else self.placement.num_shards("kv_heads")
-        affordable = max(budget, 0) * shards // self.page_bytes
-        if affordable < 2:
-            raise ConfigError(
-                f"a page takes {self.page_bytes:,} bytes but {max(budget, 0):,} are free for the pool; "
-                "raise memory_utilization, or free memory"
-            )
-        return int(min(affordable, useful))
-
-
-def _fitting_model_len(spec: Decoder, config: EngineConfig, num_pages: int) -> int:
-    """The longest sequence: as asked for, else what model and pool allow. Raises ConfigError where it does not fit."""
-    room = (num_pages - 1) * config.page_size
-    if config.max_model_len is None:
-        return min(spec.max_positions, room)
-    if config.max_model_len > spec.max_positions:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len:,} but the model was made for {spec.max_positions:,} positions; "
-            "lower max_model_len"
-        )
-    if config.max_model_len > room:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len:,} but the pool's {num_pages - 1:,} pages hold {room:,} tokens; "
-            f"lower max_model_len to {room:,}, or raise num_pages or memory_utilization"
-        )
-    return config.max_model_len
-
 
 def _is_real(tree: Any) -> bool:
     return all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
@@ -489,24 +428,3 @@ def _as_shape(leaf: Any) -> Any:
 def _shape(*shape: int, dtype: Any = np.int32) -> Any:
     """Stands for an array while compiling; not typed, since signatures say jax.Array."""
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _free_host_memory() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _use_compilation_cache(directory: str | Path | None) -> None:
-    """Keep compiled steps between runs: in the given folder, else where the program says, else in the user's cache."""
-    if directory is None and jax.config.values["jax_compilation_cache_dir"] is not None:
-        return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = Path(directory) if directory is not None else home / "jaxpaged" / "compiled"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.chmod(0o700)  # compiled code is code: nobody else may write it
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
