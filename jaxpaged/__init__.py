@@ -14,6 +14,7 @@ from jaxpaged.errors import (
     RequestError,
 )
 from jaxpaged.llm import LLM
+from jaxpaged.logits_processor import LogitsProcessor
 from jaxpaged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
@@ -32,6 +33,7 @@ __all__ = [
     "EngineDeadError",
     "EngineStats",
     "JaxpagedError",
+    "LogitsProcessor",
     "Logprob",
     "PoolError",
     "QueueFullError",

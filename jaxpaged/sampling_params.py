@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from jaxpaged.errors import RequestError
+from jaxpaged.logits_processor import LogitsProcessor
 from jaxpaged.settings import Settings
 
 MIN_TEMPERATURE = 0.01
@@ -48,6 +49,7 @@ class SamplingParams(Settings):
     allowed_token_ids           only these may be sampled
     best_of                     completions made, of which the n of the highest cumulative log probability are given in
                                 the end, best first; None: n
+    logits_processor            your own function on the logits, jittable, or a LogitsProcessor, which has a state
     """
 
     error: ClassVar[type[RequestError]] = RequestError
@@ -75,6 +77,7 @@ class SamplingParams(Settings):
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
     best_of: int | None = None
+    logits_processor: LogitsProcessor | Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     def __post_init__(self) -> None:
         """Check every field and store it in its one form: sequences as tuples, numbers as int or float."""
@@ -111,6 +114,13 @@ class SamplingParams(Settings):
                 raise RequestError("allowed_token_ids is empty; name at least 1 token id, or leave it out")
         if self.logit_bias is not None:
             self._set("logit_bias", _biases(self.logit_bias))
+        if self.logits_processor is not None and not isinstance(self.logits_processor, LogitsProcessor):
+            if not callable(self.logits_processor):
+                raise RequestError(
+                    f"logits_processor is {self.logits_processor!r}; it must be a function of (logits, state) that "
+                    "gives (logits, state), or a LogitsProcessor"
+                )
+            self._set("logits_processor", LogitsProcessor(self.logits_processor))
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need text; set detokenize=True or use stop_token_ids")
 
@@ -118,6 +128,11 @@ class SamplingParams(Settings):
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as stored: a tuple, empty where none was given."""
         return tuple(self.stop or ())
+
+    @property
+    def processor(self) -> LogitsProcessor | None:
+        """`logits_processor` as stored."""
+        return self.logits_processor if isinstance(self.logits_processor, LogitsProcessor) else None
 
     @property
     def num_completions(self) -> int:

@@ -35,6 +35,7 @@ def test_defaults_are_vllms():
         "logit_bias": None,
         "allowed_token_ids": None,
         "best_of": None,  # of vLLM until 0.6
+        "logits_processor": None,  # ours
     }
 
 

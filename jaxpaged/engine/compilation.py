@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +14,8 @@ from tqdm import tqdm
 Jitted = tuple[Callable[..., Any], dict[str, Any]]
 """A function and the options of jax.jit."""
 
-Key = tuple[str, tuple[int, ...]]
-"""A function's name and the sizes that it is compiled for."""
+Key = tuple[str, tuple[Hashable, ...]]
+"""A function's name and what it is compiled for: sizes, or a caller's own function."""
 
 
 class Lowered(Protocol):

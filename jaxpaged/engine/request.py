@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,7 @@ class Sequence:
     cumulative_logprob: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)  # of each generated token
+    processor_states: dict[int, Any] = field(default_factory=dict)  # see engine/processors.py
 
     draw: np.ndarray | None = field(init=False, default=None)  # temperature, top_k, top_p, min_p, seed; None: greedy
     _needs_history: bool = field(init=False, default=False)
@@ -130,6 +132,7 @@ class Sequence:
             forks=[],
             logprobs=list(self.logprobs),
             weight_versions=list(self.weight_versions),
+            processor_states=dict(self.processor_states),
         )
 
 

@@ -24,6 +24,7 @@ from jaxpaged.engine.host_pages import HostPages, pages_worth_moving
 from jaxpaged.engine.logit_edits import row_edits
 from jaxpaged.engine.memory_budget import affordable_pages, fitting_model_len, host_pages
 from jaxpaged.engine.pool_fit import PoolFit
+from jaxpaged.engine.processors import Processors
 from jaxpaged.engine.request import Sequence
 from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.errors import ConfigError
@@ -130,6 +131,7 @@ class Runner:
         self._nothing_sampled = jnp.zeros(self._max_rows, jnp.int32)
         self._build = build
         self._compiler = Compiler()
+        self.processors = Processors(self._compiler, spec.vocab_size)
         use_compilation_cache(config.compilation_cache_dir)
 
     @property
@@ -207,8 +209,9 @@ class Runner:
             self.cache = self._copy_pages()(self.cache, *pages)
         fed = before.outputs.tokens if before else self._nothing_sampled
         self.cache, (raw, hidden) = self._forward(bucket)(self.params, self.cache, inputs, fed)
-        logits = self._edited(raw, plan, bucket)
+        logits, processed = self.processors.apply(self._edited(raw, plan, bucket), rows)
         sampled = self._sample(bucket.num_rows)(logits, batch.pack_sampling(plan, bucket, self.spec.vocab_size))
+        self.processors.observe(processed, sampled.tokens)
         # Logprobs are a call of their own, and not a condition on the device, which the host would have to wait for.
         temperature, logprobs = batch.pack_score_temperature(plan, bucket), _NO_LOGPROBS
         if temperature is not None:
