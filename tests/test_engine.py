@@ -29,7 +29,7 @@ def make(**settings):
 
 @pytest.fixture(scope="module")
 def llm():
-    return make(warmup=True, host_cache_gb=2**-14)
+    return make(warmup=True, host_cache_gb=2**-9)
 
 
 @pytest.fixture(scope="module")
