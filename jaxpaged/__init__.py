@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from jaxpaged.config import EngineConfig
-from jaxpaged.engine.engine import Engine, EngineStats
+from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.stats import EngineStats
 from jaxpaged.errors import (
     CheckpointError,
     ConfigError,

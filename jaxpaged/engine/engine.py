@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import count
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from jaxpaged.engine.request import Sequence, seed_words
 from jaxpaged.engine.runner import InFlight, PromptPart, Runner
 from jaxpaged.engine.scheduler import Scheduler
 from jaxpaged.engine.scoring import Scores
+from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.engine.weights import fitting
 from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestError
@@ -42,34 +43,6 @@ log = logging.getLogger("jaxpaged")
 
 UpdatePolicy = Literal["keep", "recompute", "abort"]
 """What happens to requests under way when the weights change."""
-
-
-class EngineStats(NamedTuple):
-    """A snapshot. Page counts leave out the null page; token counts run from the engine's start."""
-
-    num_waiting: int
-    num_running: int
-    pages_total: int
-    pages_free: int
-    pages_cached: int  # hold a prefix that nobody uses now
-    pages_held: int
-    pages_leaked: int  # held by no sequence that runs: 0, or the engine is at fault
-    page_size: int
-    page_bytes: int
-    kv_waste: float  # share of the held slots that held no token, over all steps so far
-    num_preemptions: int
-    prefix_cache_queries: int  # tokens looked up
-    prefix_cache_hits: int  # tokens found
-    host_pages_total: int
-    host_pages_held: int  # hold a page that the pool gave away
-    host_pages_moved_out: int  # from the pool to the host
-    host_pages_moved_in: int
-    host_cache_hits: int  # tokens found that were on the host
-    prompt_tokens: int
-    generation_tokens: int
-    num_steps: int
-    num_compilations: int
-    max_model_len: int
 
 
 class Engine:

@@ -15,7 +15,8 @@ from importlib.resources import files
 from typing import Any
 
 from jaxpaged.engine.chat_template import Message
-from jaxpaged.engine.engine import Engine, EngineStats
+from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import EngineDeadError, RequestError
 from jaxpaged.outputs import RequestOutput

@@ -17,9 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeVar
 
-from jaxpaged.engine.engine import Engine, EngineStats, request_ids
+from jaxpaged.engine.engine import Engine, request_ids
 from jaxpaged.engine.intake import Prompt
 from jaxpaged.engine.report import OutputKind
+from jaxpaged.engine.stats import EngineStats
 from jaxpaged.errors import EngineDeadError, QueueFullError, RequestError
 from jaxpaged.llm import LLM
 from jaxpaged.model.params import Params

@@ -7,8 +7,9 @@ import time
 
 import msgspec
 
-from jaxpaged.engine.engine import Engine, EngineStats
+from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.page_map import PageInfo
+from jaxpaged.engine.stats import EngineStats
 from jaxpaged.server.async_engine import AsyncEngine
 
 STATES = {"free": 0, "cached": 1, "held": 2}

@@ -20,7 +20,7 @@ from typing import Any
 
 import uvicorn
 
-from jaxpaged.engine.engine import EngineStats
+from jaxpaged.engine.stats import EngineStats
 from jaxpaged.errors import ConfigError
 from jaxpaged.server.app import App
 from jaxpaged.server.async_engine import AsyncEngine
