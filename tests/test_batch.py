@@ -97,6 +97,14 @@ def test_a_plan_of_decodes_alone_computes_no_chunk_and_at_most_four_times_its_ro
     assert bucket.num_tokens == bucket.num_decodes <= 4 * running
 
 
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 4, 64])
+def test_on_a_gpu_a_lone_decode_is_computed_as_four_rows(max_num_seqs: int) -> None:
+    buckets = batch.make_buckets(max_num_seqs, 512, fewest_decodes=4)
+    lone = Plan([Chunk(None, 5, 1, True)], [])
+    assert batch.choose(lone, buckets) == Bucket(4, 0, 0)
+    assert len(buckets) == len(set(buckets))
+
+
 # pack
 
 

@@ -130,16 +130,22 @@ def test_a_decode_step_by_mosaic_is_one_cuda_graph_too(tmp_path, monkeypatch):
     assert program.temporary_bytes < 32 * 2**20
 
 
-def test_large_pools_are_addressed_in_64_bits(tmp_path):
-    """2**31 numbers and more: a page's id must be multiplied by its size in 64 bits."""
+@pytest.mark.parametrize(
+    ("pool", "pages"),
+    [
+        ("bfloat16", {2**16: False, 2**16 + 1: True}),  # of 2**15 numbers: 2**31 of them in all, and more
+        ("int8", {2**16: False, 2**17 + 1: True}),  # what lies between is refused
+    ],
+)
+def test_large_pools_are_addressed_in_64_bits(pool, pages, tmp_path):
+    """A page's id must be multiplied by its size in 64 bits."""
     wide = {}
-    for num_pages in (2**16, 2**16 + 1):  # times 32,768 numbers
-        (tmp_path / str(num_pages)).mkdir()
-        (kernel,) = compiled("H200", paged_attention, tmp_path / str(num_pages), num_pages=num_pages, num_splits=1)[
-            0
-        ].values()
-        wide[num_pages] = re.search(r"mul\.wide\.u32\s+%rd\d+, %r\d+, (32768|65536);", kernel.ptx) is not None
-    assert wide == {2**16: False, 2**16 + 1: True}
+    for num_pages in pages:
+        (folder := tmp_path / str(num_pages)).mkdir()
+        program = compiled("H200", paged_attention, folder, pool=pool, num_pages=num_pages, num_splits=1)
+        ptx = program.kernels["paged_attention_decode"].ptx
+        wide[num_pages] = re.search(r"mul\.wide\.u32\s+%rd\d+, %r\d+, (32768|65536);", ptx) is not None
+    assert wide == pages
 
 
 def llama_step(num_layers, num_decodes, num_chunk_tokens, pool):

@@ -50,6 +50,7 @@ log = logging.getLogger("jaxpaged")
 
 _NOTHING: Any = np.empty(0)
 _NO_LOGPROBS = Logprobs(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
+_FEWEST_DECODES = 4  # on a GPU XLA makes products of one row in more pieces: 20 kernels a layer instead of 14
 _PROMPT_ROWS = 64  # prompt tokens whose logprobs one call computes
 _ALWAYS_TRACED = ("read_pages", "write_pages")  # they know nothing of the model, but where the host's memory is
 
@@ -125,7 +126,8 @@ class Runner:
             self.wake()
         self.num_host_pages = host_pages(config, self.page_bytes)
         self._host = HostPages(self.cache.pools, self.num_host_pages)
-        self.buckets = batch.make_buckets(config.max_num_seqs, self.max_num_batched_tokens)
+        fewest = 1 if on_cpu else _FEWEST_DECODES
+        self.buckets = batch.make_buckets(config.max_num_seqs, self.max_num_batched_tokens, fewest_decodes=fewest)
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
         self._max_rows = max(b.num_rows for b in self.buckets)
         self._nothing_sampled = jnp.zeros(self._max_rows, jnp.int32)
