@@ -134,18 +134,18 @@ def test_two_hundred_prompts_have_equal_logprobs_however_they_are_computed(dtype
         f"batches of {n}": {"max_num_seqs": n, "max_num_batched_tokens": 128, "num_pages": 1024} for n in (3, 8, 32)
     }
     rows["a page at a time"] = rows["batches of 8"] | {"long_prefill_token_threshold": PAGE}
-    rows["too few pages"] = {"max_num_seqs": 32, "max_num_batched_tokens": 64, "num_pages": 160}
+    rows["too few pages"] = {"max_num_seqs": 32, "max_num_batched_tokens": 64, "num_pages": 100}
     for batch_invariant in (True, False):
         alone = make(dtype=dtype, batch_invariant=batch_invariant)
-        tokens, expected = generate(alone, prompts)
+        tokens, expected = generate(alone, prompts, max_tokens=24)
         if batch_invariant:
             texts = list(zip(prompts, tokens, strict=True))
         whole = alone.score(*zip(*texts, strict=True))
         found = {}
-        for name, settings in rows.items():
+        for name, settings in rows.items() if batch_invariant else list(rows.items())[2:4]:  # enough of the default
             llm = make(settings, dtype, batch_invariant)
-            for again in ("", ", prefixes cached"):
-                others, logprobs = generate(llm, prompts)
+            for again in ("", ", prefixes cached") if batch_invariant else ("",):
+                others, logprobs = generate(llm, prompts, max_tokens=24)
                 same = [i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a == b]
                 found[name + again] = largest_difference([logprobs[i] for i in same], [expected[i] for i in same])
                 assert not batch_invariant or len(same) == 200
