@@ -178,7 +178,9 @@ def _move(plan: Plan, item: Work, refs: dict[str, Any], scratch: dict[str, Any])
 
     at_once = math.gcd(plan.copies, 4)  # page ids that are read before the first is used
 
-    @pl.loop(0, _num_blocks(plan, item))
+    num_blocks = _num_blocks(plan, item)
+
+    @pl.loop(0, num_blocks)
     def _(block: Array) -> None:
         stage, first_key = lax.rem(block, jnp.int32(plan.num_stages)), item.begin + block * plan.block_k
         for side, name in enumerate("kv"):
@@ -193,6 +195,11 @@ def _move(plan: Plan, item: Work, refs: dict[str, Any], scratch: dict[str, Any])
                 for page, slots, rows in [place(first_key, offset) for offset in offsets]:
                     source, target = refs["pages"].at[page, slots, side, kv_head, :], scratch[name].at[stage, rows]
                     plgpu.copy_gmem_to_smem(source, target, scratch[f"{name}_ready"].at[stage])
+
+    @pl.loop(jnp.maximum(num_blocks - plan.num_stages, 0), num_blocks)
+    def _(block: Array) -> None:  # no barrier goes unseen: jax 0.11's interpreter counts
+        for free in ("k_free", "v_free"):
+            plgpu.barrier_wait(scratch[free].at[lax.rem(block, jnp.int32(plan.num_stages))])
 
     plgpu.barrier_wait(scratch["out_ready"])
     out, rows = refs["out"], scratch["rows"]
@@ -223,7 +230,9 @@ def _compute(plan: Plan, item: Work, warpgroup: Array, num_tokens: int, scratch:
     rows, shape = pl.ds(warpgroup * ROWS, ROWS), (ROWS, plan.head_dim)
     by_row = plgpu.Layout.WGMMA.reduce(1)
     plgpu.barrier_wait(scratch["q_ready"])
-    scratch["q"].at[rows][...] = _load(scratch["rows"].at[rows, pl.ds(0, plan.head_dim)])
+    columns = range(0, plan.head_dim, plan.swizzle_width)
+    for column in (pl.ds(first, plan.swizzle_width) for first in columns):  # 80 is no fraction of a row's pitch, 16 is
+        scratch["q"].at[rows, column][...] = _load(scratch["rows"].at[rows, column])
     plgpu.commit_smem()
 
     if plan.block_q == 1:
@@ -257,7 +266,9 @@ def _compute(plan: Plan, item: Work, warpgroup: Array, num_tokens: int, scratch:
     if plan.is_split:
         _store(scratch["lse"].at[rows], top + jnp.log2(divisor))
     result = scratch["parts" if plan.is_split else "rows"]
-    _store(result.at[rows, pl.ds(0, plan.head_dim)], acc.astype(result.dtype))
+    for first in columns:
+        part = lax.slice(acc, (0, first), (ROWS, first + plan.swizzle_width))
+        _store(result.at[rows, pl.ds(first, plan.swizzle_width)], part.astype(result.dtype))
     plgpu.commit_smem()
     plgpu.barrier_arrive(scratch["out_ready"])
 
@@ -359,4 +370,7 @@ def _load(ref: Any, layout: Any = None) -> Array:
 
 
 def _store(ref: Any, value: Array) -> None:
-    plgpu.store(ref, value, optimized=False)
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:  # jax 0.11 need not be told
+        ref[...] = value
