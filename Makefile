@@ -21,7 +21,7 @@ test: $(VENV)/.dev ## the fast tests
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-slow: $(VENV)/.dev ## the tests that `make test` leaves out
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 AOT ?= .venv-aot
 ONLY ?=

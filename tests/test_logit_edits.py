@@ -127,5 +127,5 @@ def test_a_bad_words_last_token_is_forbidden_after_its_others_only() -> None:
 
 
 def test_a_bias_does_not_bring_back_what_is_forbidden() -> None:
-    one = sequence([1], [], min_tokens=1, logit_bias={EOS: 1e30})
+    one = sequence([1], [], min_tokens=1, logit_bias={EOS: 1e6})
     assert after(one, np.zeros(VOCAB))[EOS] == -math.inf
