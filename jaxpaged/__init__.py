@@ -16,6 +16,7 @@ from jaxpaged.errors import (
 )
 from jaxpaged.llm import LLM
 from jaxpaged.logits_processor import LogitsProcessor
+from jaxpaged.model.sharding import ShardingRules
 from jaxpaged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
@@ -42,6 +43,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "ShardingRules",
 ]
 
 
