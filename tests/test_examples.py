@@ -54,6 +54,7 @@ def test_examples_fall_back_to_a_tiny_model(run, monkeypatch):
     any_model = importlib.import_module("any_model")
     monkeypatch.setattr(any_model, "find_spec", lambda package: None)
     assert run("chat").startswith("> ")
+    assert "bytes on each of 8 devices" in run("mesh")
 
 
 def test_openai_client_talks_to_the_server(run, folder):
