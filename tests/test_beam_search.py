@@ -130,7 +130,7 @@ SCARCE = {
 
 
 @pytest.mark.parametrize("settings", SCARCE.values(), ids=SCARCE.keys())
-@pytest.mark.parametrize("name", ["with ends", "short ones"])
+@pytest.mark.parametrize("name", [pytest.param("with ends", marks=pytest.mark.slow), "short ones"])
 def test_beams_find_the_same_with_few_seats_and_pages(name: str, settings: dict[str, int]) -> None:
     for got, expected in zip(search(make(**settings), SEARCHES[name]), roomy_search(name), strict=True):
         assert [c.token_ids for c in got.outputs] == [c.token_ids for c in expected.outputs]

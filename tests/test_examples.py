@@ -14,6 +14,8 @@ from real_model import smollm2_gguf
 from running_server import running
 from tiny_chat_model import write_chat_model
 
+from jaxpaged.engine.runner import Runner
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 EXPECTED = {
@@ -34,6 +36,7 @@ def folder(tmp_path_factory):
 def run(monkeypatch, capsys):
     """Runs an example as a script and gives what it printed."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(Runner, "warm_up", lambda runner, **_: None)  # they compile what they meet
 
     def script(name, *argv, stdin="Hi\nAnd you?\n"):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])

@@ -41,7 +41,7 @@ Golden = Callable[[str, Callable[[], Mapping[str, np.ndarray]]], Mapping[str, np
 PAGE_SIZE = 4
 CHUNK = 7
 # The engine compiles several steps for each, so a few stand for all in the fast tests.
-IN_ENGINE = ("llama_dynamic", "gemma2", "opt_350m", "phi3_longrope_outgrown")
+IN_ENGINE = ("llama_dynamic", "gemma2")
 # What happens when a sequence outgrows its ropes is the engine's doing, not a step's.
 BY_STEPS = [case for case in CASES.values() if not case.name.endswith("_outgrown")]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

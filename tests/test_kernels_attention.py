@@ -129,7 +129,7 @@ def test_half_precision_stays_near_float32(q_dtype, pool_dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])
 def test_eight_bit_pools_are_multiplied_by_their_scales(dtype):
     rng = np.random.default_rng(5)
     pool = Pool(rng, LENS, 16, 2, 64)

@@ -57,6 +57,7 @@ def test_functions_change_their_own_rows_of_a_mixed_batch():
                 assert len({*prompt, *tokens}) == len(set(prompt)) + 10
 
 
+@pytest.mark.slow
 def test_states_outlive_preemption():
     expected = generate(make(), drawn(NEW_TOKENS))
     crowded = make(num_pages=24)

@@ -203,7 +203,11 @@ def test_the_page_map_says_who_holds_what() -> None:
 
 @pytest.mark.parametrize(
     ("window", "settings"),
-    [(1, {}), (5, {"max_num_batched_tokens": 7}), (13, {"num_pages": 26, "max_num_seqs": 8})],
+    [
+        (1, {}),
+        pytest.param(5, {"max_num_batched_tokens": 7}, marks=pytest.mark.slow),
+        pytest.param(13, {"num_pages": 26, "max_num_seqs": 8}, marks=pytest.mark.slow),
+    ],
 )
 def test_pages_that_no_window_reaches_are_given_back_and_nobody_misses_them(
     window: int, settings: dict[str, int]

@@ -79,6 +79,7 @@ def swap_a_hundred_times(spec, trees, **settings):
     return engine
 
 
+@pytest.mark.slow
 def test_requests_after_a_hundred_swaps_at_full_load_are_answered_as_by_a_fresh_engine():
     engine = swap_a_hundred_times(replace(SPEC, max_positions=128), (OLD, NEW), num_pages=1200)
     engine.update_params(NEW)
