@@ -139,7 +139,8 @@ def test_logprobs_are_those_of_the_dense_model_whatever_bias_was_sampled_with(ll
         assert next(iter(entry)) == token
         assert set(np.argsort(-expected)[:4].tolist()) <= entry.keys()
         for other, found in entry.items():
-            assert found.logprob == pytest.approx(expected[other], rel=2e-5, abs=1e-4)
+            # Logits reach 33 here, and jax 0.12's own dense products of 17 and of 96 rows differ by 1.6e-4.
+            assert found.logprob == pytest.approx(expected[other], rel=2e-5, abs=2e-4)
             assert found.rank == 1 + int((expected > expected[other]).sum())
         tokens.append(token)
     total = sum(e[t].logprob for t, e in zip(completion.token_ids, completion.logprobs, strict=True))
