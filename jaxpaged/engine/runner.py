@@ -130,7 +130,7 @@ class Runner:
         self.buckets = batch.make_buckets(config.max_num_seqs, self.max_num_batched_tokens, fewest_decodes=fewest)
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
         self._max_rows = max(b.num_rows for b in self.buckets)
-        self._nothing_sampled = jnp.zeros(self._max_rows, jnp.int32)
+        self._nothing_sampled: Any = np.zeros(self._max_rows, np.int32)
         self._build = build
         self._compiler = Compiler()
         self.processors = Processors(self._compiler, spec.vocab_size)
@@ -343,7 +343,7 @@ class Runner:
             cu_q_lens=_shape(bucket.num_chunks + 1),
             logit_rows=_shape(rows),
         )
-        return self._compile(("forward", bucket), function, self.params, self.cache, inputs, self._nothing_sampled)
+        return self._compile(("forward", bucket), function, self.params, self.cache, inputs, _shape(self._max_rows))
 
     def _sample(self, rows: int) -> Callable[..., Sampled]:
         one_shape = self.batch_invariant
@@ -370,7 +370,7 @@ class Runner:
         def unpadded(raw: jax.Array, tokens: jax.Array, temperature: jax.Array) -> Logprobs:
             return told(raw, tokens[:rows], temperature)
 
-        shapes = self._logits(rows), self._nothing_sampled, _shape(rows, dtype=np.float32)
+        shapes = self._logits(rows), _shape(self._max_rows), _shape(rows, dtype=np.float32)
         return self._compile(("logprobs", rows), self._jit(unpadded, self._copies), *shapes)
 
     def _edit(self, rows: int) -> Callable[..., jax.Array]:
