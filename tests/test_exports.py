@@ -98,6 +98,7 @@ def test_what_does_not_fit_is_refused(exported, tmp_path):
         exports.write(tmp_path, SPEC, np.float32, replace(CONFIG, num_pages=None), ["cpu"])
 
 
+@pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
 @pytest.mark.slow
 def test_any_machine_exports_for_any_other(tmp_path):
     config = replace(CONFIG, page_size=16)
