@@ -94,7 +94,7 @@ def _tokens_of_transformers(prompts):
     import baseline
     import torch
 
-    model = baseline.load(smollm2_gguf(), None)
+    model = baseline.load(smollm2_gguf(), None, "float32")
     tokens = np.full((len(prompts), NUM_TOKENS), -1, np.int64)
     for row, prompt in zip(tokens, prompts, strict=True):
         ids = torch.tensor([prompt])
