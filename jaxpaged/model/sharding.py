@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.head_layout import fit_heads, fit_leaf
-from jaxpaged.model.params import Params, ParamSpec, flatten, is_param_spec, map_specs, param_specs
+from jaxpaged.model.params import Params, ParamSpec, flatten, map_specs, param_specs
 from jaxpaged.model.spec import Decoder
 
 
@@ -160,11 +160,6 @@ class Placement:
             f"{logical} is {size:,} ({path}), which the {count} devices of mesh axis {axis!r} cannot share equally; "
             f"take {below} or {above} devices, or keep it whole with ShardingRules({logical}=None)"
         )
-
-
-def param_shardings(spec: Decoder, placement: Placement) -> Any:
-    """A params-shaped tree of the sharding of every leaf."""
-    return jax.tree.map(lambda leaf: placement.sharding(*leaf.axes), param_specs(spec), is_leaf=is_param_spec)
 
 
 def tensor_parallel(size: int, rules: ShardingRules | None = None) -> Placement:
