@@ -30,7 +30,6 @@ from jaxpaged.engine.scheduler import Scheduler
 from jaxpaged.engine.scoring import Scores
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
-from jaxpaged.engine.weights import fitting
 from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestError
 from jaxpaged.model.params import Params, check_params
 from jaxpaged.model.sampling import Logprobs
@@ -258,8 +257,7 @@ class Engine:
             raise ConfigError(f"policy is {policy!r}; known: {', '.join(get_args(UpdatePolicy))}")
         if self.runner.placement is not None and not check_params(self.spec, params):
             params = self.runner.placement.place(params, self.spec)
-        self.runner.params = fitting(params, self.runner.params, self.runner.spec)
-        self.runner.param_version += 1
+        self.runner.update_params(params)
         self.pool.reset_prefix_cache()
         if policy == "recompute":
             self.scheduler.preempt_all()

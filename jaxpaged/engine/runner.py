@@ -27,6 +27,7 @@ from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.engine.processors import Processors
 from jaxpaged.engine.request import Sequence
 from jaxpaged.engine.scheduler import Chunk, Plan
+from jaxpaged.engine.weights import Layout
 from jaxpaged.errors import ConfigError
 from jaxpaged.kernels.tiles import current_device
 from jaxpaged.model import sampling
@@ -104,6 +105,7 @@ class Runner:
         if (problems := check_params(spec, params)) and (self.spec == spec or check_params(self.spec, params)):
             raise ConfigError("params do not fit the spec: " + "; ".join(problems))
         self.params = params if placement is None else placement.place(params, spec)
+        self._layout = Layout(self.params)
         spec = self.spec
         self.param_version = 0
         on_cpu = current_device().platform == "cpu"
@@ -155,6 +157,11 @@ class Runner:
     def has_params(self) -> bool:
         """Whether there are weights rather than their shapes."""
         return _is_real(self.params)
+
+    def update_params(self, params: Params) -> None:
+        """Use other weights from the next step on; ConfigError, and no change, where they do not fit."""
+        self.params = self._layout.fit(params, self.spec)
+        self.param_version += 1
 
     def sleep(self, *, drop_params: bool) -> None:
         """Free the pool, which nobody else holds, and let go of the weights, which others may hold."""

@@ -11,44 +11,60 @@ from jaxpaged.errors import ConfigError
 from jaxpaged.model.params import Params, check_params, flatten
 from jaxpaged.model.spec import Decoder
 
+_Kind = tuple[tuple[int, ...], np.dtype[Any]]
 
-def fitting(new: Any, old: Params, spec: Decoder) -> Params:
-    """`new` as the compiled steps take it: the same arrays, those that lie on other devices moved.
 
-    Raises ConfigError that lists every missing, unexpected and mis-shaped leaf, and every one of another dtype.
+class Layout:
+    """What compiled steps hold of the weights: their tree, and each leaf's shape, dtype and place.
+
+    A swap that changes nothing of it reads each new array once and no old one: there are hundreds, none in a cache.
     """
-    leaves, old_leaves = jax.tree.leaves(new), jax.tree.leaves(old)
-    structure: Any = jax.tree.structure(new)
-    old_structure: Any = jax.tree.structure(old)
-    same = structure == old_structure
-    if not (same and all(map(_lies_as, leaves, old_leaves))):  # one look at each leaf: a swap should take no time
-        if not same or any(_kind(a) != _kind(b) for a, b in zip(leaves, old_leaves, strict=True)):
-            raise ConfigError("the new params do not fit: " + "; ".join(_misfits(new, old, spec)))
-        leaves = [_placed(a, b) for a, b in zip(leaves, old_leaves, strict=True)]
-    params: Params = jax.tree.unflatten(structure, leaves)
-    return params
+
+    def __init__(self, params: Params) -> None:
+        """The layout of these weights, or of shapes that stand for them."""
+        leaves, structure = jax.tree.flatten(params)
+        self._structure: Any = structure
+        self._kinds = [_kind(leaf) for leaf in leaves]
+        self._shardings = [leaf.sharding for leaf in leaves]
+        self._avals = [getattr(leaf, "aval", None) for leaf in leaves]  # shapes have none, and equal none
+
+    def fit(self, params: Any, spec: Decoder) -> Params:
+        """`params` as the compiled steps take it: the same arrays, those that lie on other devices moved.
+
+        Raises ConfigError that lists every missing, unexpected and mis-shaped leaf, and every one of another dtype.
+        """
+        leaves, structure = jax.tree.flatten(params)
+        same = structure == self._structure
+        if not (same and self._is_of(leaves)):
+            if not same or list(map(_kind, leaves)) != self._kinds:
+                raise ConfigError("the new params do not fit: " + "; ".join(self._misfits(params, spec)))
+            leaves = [_placed(leaf, sharding) for leaf, sharding in zip(leaves, self._shardings, strict=True)]
+            self._avals = [leaf.aval for leaf in leaves]  # the next ones will look like these
+        taken: Params = jax.tree.unflatten(structure, leaves)
+        return taken
+
+    def _is_of(self, leaves: list[Any]) -> bool:
+        if not all(issubclass(kind, jax.Array) for kind in set(map(type, leaves))):
+            return False
+        if [leaf.aval for leaf in leaves] != self._avals:
+            return False
+        places = zip([leaf.sharding for leaf in leaves], self._shardings, strict=True)
+        return all(a == b for a, b in {(id(a), id(b)): (a, b) for a, b in places}.values())  # few differ in identity
+
+    def _misfits(self, params: Any, spec: Decoder) -> list[str]:
+        problems = check_params(spec, params)
+        kinds = dict(flatten(jax.tree.unflatten(self._structure, range(len(self._kinds)))))
+        for path, leaf in flatten(params):
+            if path in kinds and _kind(leaf)[1] != (dtype := self._kinds[kinds[path]][1]):
+                problems.append(f"{path} is {_kind(leaf)[1]}, needs {dtype}")
+        return problems or [f"the tree is a {jax.tree.structure(params)}, needs a {self._structure}"]
 
 
-def _lies_as(new: Any, old: jax.Array) -> bool:
-    if not isinstance(new, jax.Array) or new.shape != old.shape or new.dtype != old.dtype:
-        return False
-    return new.sharding is old.sharding or new.sharding == old.sharding
-
-
-def _kind(leaf: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _kind(leaf: Any) -> _Kind:
     return np.shape(leaf), np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.dtype(type(leaf))
 
 
-def _placed(new: Any, old: jax.Array) -> jax.Array:
-    placed: jax.Array = new if _lies_as(new, old) else jax.device_put(new, old.sharding)
+def _placed(new: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    lies_there = isinstance(new, jax.Array) and new.sharding == sharding
+    placed: jax.Array = new if lies_there else jax.device_put(new, sharding)
     return placed
-
-
-def _misfits(new: Any, old: Params, spec: Decoder) -> list[str]:
-    problems = check_params(spec, new)
-    dtypes = {path: _kind(leaf)[1] for path, leaf in flatten(old)}
-    for path, leaf in flatten(new):
-        dtype = _kind(leaf)[1]
-        if path in dtypes and dtype != dtypes[path]:
-            problems.append(f"{path} is {dtype}, needs {dtypes[path]}")
-    return problems or [f"the tree is a {jax.tree.structure(new)}, needs a {jax.tree.structure(old)}"]
