@@ -136,6 +136,25 @@ def test_keep_goes_on_and_tells_which_weights_made_which_token():
     assert len(outputs[0].token_ids) == 12
 
 
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_weights_donated_under_a_live_engine_cost_no_request_its_tokens(after):
+    given = jax.tree.map(jnp.copy, OLD)
+    engine = make(given).engine
+    train = jax.jit(lambda params: jax.tree.map(lambda w: w * 1.5, params), donate_argnums=0)
+
+    def donate():
+        train(given)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"deleted, or donated .*; call update_params with the new arrays"):
+                engine.step()
+        with pytest.raises(ConfigError, match=r"\d+ of the new params were deleted or donated, embed.w the first"):
+            engine.update_params(given)
+        engine.update_params(OLD)
+
+    assert [o.token_ids for o in run(engine, after, then=donate)] == generate(make())
+    assert engine.stats().pages_held == 0
+
+
 def test_recompute_gives_what_the_new_weights_say_of_the_tokens_so_far():
     engine = make().engine
     outputs = run(engine, after=6, then=lambda: engine.update_params(NEW, policy="recompute"))

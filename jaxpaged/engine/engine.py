@@ -26,7 +26,7 @@ from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.report import OutputKind, Tracked, report, token_logprobs
 from jaxpaged.engine.request import Sequence, seed_words
 from jaxpaged.engine.runner import InFlight, PromptPart, Runner
-from jaxpaged.engine.scheduler import Scheduler
+from jaxpaged.engine.scheduler import Plan, Scheduler
 from jaxpaged.engine.scoring import Scores
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
@@ -210,7 +210,7 @@ class Engine:
             raise AsleepError("the engine sleeps and has no page pool; call wake_up() before step()")
         plan = self.scheduler.schedule()
         before = self._in_flight
-        self._in_flight = None if plan.is_empty else self.runner.dispatch(plan, before)
+        self._in_flight = None if plan.is_empty else self._dispatch(plan, before)
         self._num_steps += self._in_flight is not None
         self._measure_waste()
         if leaked := self._num_leaked():
@@ -322,6 +322,22 @@ class Engine:
             num_compilations=self.runner.num_compilations,
             max_model_len=self.max_model_len,
         )
+
+    def _dispatch(self, plan: Plan, before: InFlight | None) -> InFlight:
+        """The step under way. One that cannot begin leaves every request as it was, to be computed anew."""
+        try:
+            return self.runner.dispatch(plan, before)
+        except Exception as error:
+            self.scheduler.withdraw(plan)
+            self._in_flight = None
+            if before is not None:
+                self._undelivered += self._update(self.runner.read(before))
+            if not self.runner.has_lost_params:
+                raise
+            raise ConfigError(
+                "the weights were deleted, or donated to another function, while the engine held them; "
+                "call update_params with the new arrays before the next step"
+            ) from error
 
     def _update(self, step: InFlight) -> list[RequestOutput]:
         """Take what a finished step sampled."""

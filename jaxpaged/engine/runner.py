@@ -163,6 +163,11 @@ class Runner:
         self.params = self._layout.fit(params, self.spec)
         self.param_version += 1
 
+    @property
+    def has_lost_params(self) -> bool:
+        """Whether another holder of the weights has deleted some, as a trainer does that donates them."""
+        return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(self.params))
+
     def sleep(self, *, drop_params: bool) -> None:
         """Free the pool, which nobody else holds, and let go of the weights, which others may hold."""
         self._host.settle(wait=True)

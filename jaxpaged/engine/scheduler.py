@@ -200,6 +200,15 @@ class Scheduler:
         for sequence in reversed(list(self.running)):
             self._preempt(sequence)
 
+    def withdraw(self, plan: Plan) -> None:
+        """Take back a plan that could not be run: nothing of it was computed or sampled, so all is computed anew."""
+        for chunk in (*plan.decodes, *plan.chunks):
+            chunk.sequence.num_pending_tokens -= chunk.samples
+        for fork in plan.forks:
+            fork.sequence.num_pending_tokens -= 1
+        self.preempt_all()
+        self.pool.reset_prefix_cache()
+
     def _parent_of(self, sequence: Sequence) -> Sequence | None:
         """Whose logits a fork waits for that is yet to begin."""
         return next((s for s in (*self.running, *self.waiting) if sequence in s.forks), None)

@@ -31,7 +31,8 @@ class Layout:
     def fit(self, params: Any, spec: Decoder) -> Params:
         """`params` as the compiled steps take it: the same arrays, those that lie on other devices moved.
 
-        Raises ConfigError that lists every missing, unexpected and mis-shaped leaf, and every one of another dtype.
+        Raises ConfigError that lists every missing, unexpected and mis-shaped leaf, and every one of another dtype or
+        deleted.
         """
         leaves, structure = jax.tree.flatten(params)
         same = structure == self._structure
@@ -40,6 +41,11 @@ class Layout:
                 raise ConfigError("the new params do not fit: " + "; ".join(self._misfits(params, spec)))
             leaves = [_placed(leaf, sharding) for leaf, sharding in zip(leaves, self._shardings, strict=True)]
             self._avals = [leaf.aval for leaf in leaves]  # the next ones will look like these
+        if any(leaf.is_deleted() for leaf in leaves):
+            gone = [path for path, leaf in flatten(params) if leaf.is_deleted()]
+            raise ConfigError(
+                f"{len(gone):,} of the new params were deleted or donated, {gone[0]} the first; give others"
+            )
         taken: Params = jax.tree.unflatten(structure, leaves)
         return taken
 
