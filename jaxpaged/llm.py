@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import LoadedModel, load
 from jaxpaged.engine import exports
 from jaxpaged.engine.compilation import Build, traced
+from jaxpaged.engine.embedding import unit_length
 from jaxpaged.engine.engine import Engine, request_ids
 from jaxpaged.engine.intake import Prompt
 from jaxpaged.engine.report import OutputKind
@@ -23,7 +24,7 @@ from jaxpaged.errors import CheckpointError, ConfigError, RequestError
 from jaxpaged.model.params import Params
 from jaxpaged.model.sharding import Placement, ShardingRules, tensor_parallel
 from jaxpaged.model.spec import Decoder
-from jaxpaged.outputs import RequestOutput
+from jaxpaged.outputs import Pooling, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]
@@ -153,6 +154,26 @@ class LLM:
         """
         return self.engine.score(_as_list(prompts), completions)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: Pooling = "mean",
+        *,
+        normalize: bool = True,
+        use_tqdm: bool = True,
+    ) -> np.ndarray:
+        """A vector for each prompt, float32 [prompts, dim]: the mean of its tokens' last hidden states, or the last.
+
+        They are the model's after its last norm. With `normalize` each vector has length 1. A prompt whose logits were
+        not finite gets NaNs. Raises RequestError before anything runs where a prompt cannot be served.
+        """
+        requests = (self._add(prompt, None, "final", pooling) for prompt in _as_list(prompts))
+        outputs = self._wait(requests, "embedding", use_tqdm)
+        nothing = np.full(self.engine.spec.dim, np.nan, np.float32)
+        rows = [output.embedding if output.embedding is not None else nothing for output in outputs]
+        vectors = np.stack(rows) if rows else np.zeros((0, len(nothing)), np.float32)
+        return unit_length(vectors) if normalize else vectors
+
     def encode_chat(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
         """The token ids of a conversation, ready for the assistant's answer."""
         if self.tokenizer is None:
@@ -172,14 +193,20 @@ class LLM:
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts):,} prompts but {len(each):,} sampling_params; give one, or one for each")
+        adding = (self._add(prompt, own, "final") for prompt, own in zip(prompts, each, strict=True))
+        return self._wait(adding, "generating", use_tqdm)
+
+    def _wait(self, adding: Iterator[str], doing: str, use_tqdm: bool) -> list[RequestOutput]:
+        """The last outputs of the requests that `adding` adds and names."""
         request_ids: list[str] = []
         done: dict[str, RequestOutput] = {}
-        bar = tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not use_tqdm)
+        bar = tqdm(desc=doing, unit="prompt", disable=not use_tqdm)
         try:
-            for prompt, own in zip(prompts, each, strict=True):
-                request_ids.append(self._add(prompt, own, "final"))
+            for request_id in adding:
+                request_ids.append(request_id)
+            bar.reset(total=len(request_ids))
             before = self.engine.stats().generation_tokens
-            while len(done) < len(prompts):
+            while len(done) < len(request_ids):
                 self._step()
                 for request_id in request_ids:
                     if request_id not in done and self._inbox[request_id]:
@@ -194,12 +221,18 @@ class LLM:
             self._forget(request_ids)
         return [done[request_id] for request_id in request_ids]
 
-    def _add(self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None, kind: OutputKind) -> str:
+    def _add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | BeamSearchParams | None,
+        kind: OutputKind,
+        pooling: Pooling | None = None,
+    ) -> str:
         request_id = next(self._ids)
         if isinstance(params, BeamSearchParams):
             self.engine.add_beam_search(request_id, prompt, params)
         else:
-            self.engine.add_request(request_id, prompt, params, output_kind=kind)
+            self.engine.add_request(request_id, prompt, params, output_kind=kind, pooling=pooling)
         self._inbox[request_id] = []
         return request_id
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+Pooling = Literal["mean", "last"]
+"""How the hidden states of a text's tokens become its embedding: their mean, or the last one."""
 
 
 class Logprob(NamedTuple):
@@ -66,7 +71,10 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request and its completions so far; the first prompt token has no logprobs: `[None, {...}, ...]`."""
+    """A request and its completions so far; the first prompt token has no logprobs: `[None, {...}, ...]`.
+
+    `embedding` is what a request with a pooling asked for, float32 [dim], as the model gives it.
+    """
 
     request_id: str
     prompt: str | None
@@ -76,3 +84,4 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
+    embedding: np.ndarray | None = field(default=None, compare=False)

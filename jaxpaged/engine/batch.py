@@ -79,6 +79,16 @@ def rows_of(plan: Plan, bucket: Bucket) -> Iterator[tuple[int, Chunk]]:
     yield from enumerate(plan.chunks, bucket.num_decodes)
 
 
+def tokens_of(plan: Plan, bucket: Bucket) -> Iterator[tuple[int, int, Chunk]]:
+    """(row of logits, first token among the step's, chunk) for all that is computed."""
+    at = bucket.num_decodes
+    for row, chunk in enumerate(plan.decodes):
+        yield row, row, chunk
+    for row, chunk in enumerate(plan.chunks, bucket.num_decodes):
+        yield row, at, chunk
+        at += chunk.length
+
+
 def pack(
     plan: Plan, bucket: Bucket, feedback: Mapping[TokenSequence, int], *, max_pages: int, page_size: int, num_pages: int
 ) -> StepInputs:

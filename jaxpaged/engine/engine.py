@@ -20,7 +20,7 @@ from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.compilation import Build, traced
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.host_tier import HostTier
-from jaxpaged.engine.intake import Intake, Prompt
+from jaxpaged.engine.intake import EMBEDDING, Intake, Prompt
 from jaxpaged.engine.page_map import PageInfo, page_map
 from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.report import OutputKind, Tracked, report, token_logprobs
@@ -35,7 +35,7 @@ from jaxpaged.model.params import Params, check_params
 from jaxpaged.model.sampling import Logprobs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
-from jaxpaged.outputs import FinishReason, RequestOutput
+from jaxpaged.outputs import FinishReason, Pooling, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 log = logging.getLogger("jaxpaged")
@@ -127,17 +127,25 @@ class Engine:
         prompt_text: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         """Queue a request. Raises, with nothing queued, RequestError where it can never be served and QueueFullError
         where `max_num_queued_requests` wait already.
 
         `prompt_text` is reported as the prompt of one given as token ids. With `scheduling_policy="priority"` the
-        lowest `priority` comes first. Prefixes are shared only among requests with the same `cache_salt`.
+        lowest `priority` comes first. Prefixes are shared only among requests with the same `cache_salt`. With a
+        `pooling`, which takes no `params`, the request gets an embedding of the prompt, and no token.
         """
-        params = params or SamplingParams()
+        params = params or (SamplingParams() if pooling is None else EMBEDDING)
         self._check_room(request_id)
         request = self._intake.request(
-            request_id, prompt, params, prompt_text=prompt_text, priority=priority, cache_salt=cache_salt
+            request_id,
+            prompt,
+            params,
+            prompt_text=prompt_text,
+            priority=priority,
+            cache_salt=cache_salt,
+            pooling=pooling,
         )
         if params.processor is not None:
             if (placement := self.runner.placement) is not None:
@@ -347,6 +355,7 @@ class Engine:
         moved: dict[str, Tracked] = {}
         for part in step.prompt_parts:
             self._take_prompt_logprobs(part)
+        step.embedded.take()
         for row, (sequence, _, _, samples) in step.rows:
             tracked = self._requests.get(sequence.request_id)
             if tracked is not None and tracked.request.metrics.first_scheduled_time is None:
@@ -362,7 +371,9 @@ class Engine:
                 continue
             sequence.weight_versions.append(step.param_version)
             try:
-                if tracked.beams is not None:
+                if sequence.pooling is not None:
+                    self._finish(tracked, sequence, "stop", None)
+                elif tracked.beams is not None:
                     self._take_candidates(tracked.beams, sequence, outputs.logprobs, row)
                 else:
                     self._take_token(tracked, sequence, tokens[row], outputs.logprobs, row)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 
@@ -17,11 +18,14 @@ from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import RequestError
 from jaxpaged.model.sampling import MAX_LOGPROBS
 from jaxpaged.model.spec import Decoder, DynamicNtkScaling, LongRopeScaling
-from jaxpaged.outputs import RequestMetrics
+from jaxpaged.outputs import Pooling, RequestMetrics
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 Prompt = str | Seq[int]
 """Text, or token ids."""
+
+EMBEDDING = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
+"""The parameters of a request for an embedding: it ends where its one token would be taken."""
 
 
 class Intake:
@@ -52,6 +56,7 @@ class Intake:
         prompt_text: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        pooling: Pooling | None = None,
     ) -> Request:
         """A request of as many sequences as completions: the first is to be computed, the others forked from it."""
         if priority != 0 and self.config.scheduling_policy != "priority":
@@ -59,6 +64,8 @@ class Intake:
                 f"priority is {priority} but scheduling_policy is {self.config.scheduling_policy!r}; "
                 "leave it out, or set scheduling_policy='priority'"
             )
+        if pooling is not None and (pooling not in get_args(Pooling) or params is not EMBEDDING):
+            raise RequestError(f"pooling is {pooling!r}; known: {', '.join(get_args(Pooling))}, each without params")
         token_ids = self.encode(prompt, params)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         first = Sequence(
@@ -75,6 +82,7 @@ class Intake:
             long_after=_long_after(self.spec, len(token_ids)),
             cache_salt=(cache_salt or "").encode(),
             priority=priority,
+            pooling=pooling,
         )
         first.forks = [first.fork(index, seed_words(seed, index)) for index in range(1, params.num_completions)]
         text = prompt if isinstance(prompt, str) else prompt_text
@@ -136,7 +144,7 @@ class Intake:
 
     def encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's token ids, once they and `params` are known to fit. Changes nothing: any thread may ask."""
-        tokens = self.tokens(prompt, room=self.max_model_len - 1)
+        tokens = self.tokens(prompt, room=self.max_model_len - (params is not EMBEDDING))
         self._check(params)
         return tokens
 

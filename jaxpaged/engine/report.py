@@ -43,6 +43,7 @@ def report(tracked: Tracked, tokenizer: Tokenizer | None) -> RequestOutput:
         prompt_logprobs=request.prompt_logprobs,
         metrics=request.metrics,
         num_cached_tokens=request.sequences[0].num_cached_tokens,
+        embedding=request.sequences[0].embedding,
     )
 
 

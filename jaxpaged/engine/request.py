@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpaged.outputs import FinishReason, RequestMetrics, TokenLogprobs
+from jaxpaged.outputs import FinishReason, Pooling, RequestMetrics, TokenLogprobs
 from jaxpaged.sampling_params import SamplingParams
 
 
@@ -57,6 +57,8 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)  # of each generated token
     processor_states: dict[int, Any] = field(default_factory=dict)  # see engine/processors.py
+    pooling: Pooling | None = None  # wanted is an embedding, and no token
+    hidden_sum: np.ndarray | None = None  # float32 [M], over the tokens computed and read so far that `pooling` takes
 
     draw: np.ndarray | None = field(init=False, default=None)  # temperature, top_k, top_p, min_p, seed; None: greedy
     _needs_history: bool = field(init=False, default=False)
@@ -110,6 +112,18 @@ class Sequence:
             return False
         is_full = len(self.token_ids) + self.num_pending_tokens - self.prompt_len >= self.max_tokens
         return is_full or self._needs_history or self.chosen_on_host or self.outgrows_ropes
+
+    @property
+    def is_computed_whole(self) -> bool:
+        """True where each token's hidden state is wanted, so that no prefix can be taken from the cache."""
+        return self.params.prompt_logprobs is not None or self.pooling == "mean"
+
+    @property
+    def embedding(self) -> np.ndarray | None:
+        """Float32 [M], once all of the prompt has been read and the logits after it were finite."""
+        if self.pooling is None or self.hidden_sum is None or self.finish_reason != "stop":
+            return None
+        return self.hidden_sum / self.prompt_len if self.pooling == "mean" else self.hidden_sum
 
     @property
     def outgrows_ropes(self) -> bool:

@@ -20,6 +20,7 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.engine import batch
 from jaxpaged.engine.batch import Bucket
 from jaxpaged.engine.compilation import Build, Compiler, Jitted, traced, use_compilation_cache
+from jaxpaged.engine.embedding import Embedded, pack_embedded
 from jaxpaged.engine.host_pages import HostPages, pages_worth_moving
 from jaxpaged.engine.logit_edits import row_edits
 from jaxpaged.engine.memory_budget import affordable_pages, fitting_model_len, host_pages
@@ -41,6 +42,7 @@ from jaxpaged.model.cache import (
     scrub,
     write_pages,
 )
+from jaxpaged.model.embedding import sum_by_owner
 from jaxpaged.model.params import Params, check_params
 from jaxpaged.model.sampling import Edits, Logprobs, Sampled, SamplingInputs
 from jaxpaged.model.sharding import Placement
@@ -53,7 +55,7 @@ _NOTHING: Any = np.empty(0)
 _NO_LOGPROBS = Logprobs(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
 _FEWEST_DECODES = 4  # on a GPU XLA makes products of one row in more pieces: 20 kernels a layer instead of 14
 _PROMPT_ROWS = 64  # prompt tokens whose logprobs one call computes
-_ALWAYS_TRACED = ("read_pages", "write_pages")  # they know nothing of the model, but where the host's memory is
+_ALWAYS_TRACED = ("read_pages", "write_pages", "sum_hidden")  # they know nothing of the model, and are small
 
 
 class PromptPart(NamedTuple):
@@ -80,6 +82,7 @@ class InFlight(NamedTuple):
     rows: list[tuple[int, Chunk]]
     outputs: StepOutputs
     prompt_parts: list[PromptPart]
+    embedded: Embedded
     param_version: int
 
 
@@ -231,15 +234,18 @@ class Runner:
         if temperature is not None:
             logprobs = self._logprobs(bucket.num_rows)(raw, sampled.tokens, temperature)
         outputs = StepOutputs(*sampled, logprobs)
-        return InFlight(plan, rows, outputs, self._prompt_parts(plan, bucket, hidden), self.param_version)
+        parts, embedded = self._prompt_parts(plan, bucket, hidden), self._embedded(plan, bucket, hidden)
+        return InFlight(plan, rows, outputs, parts, embedded, self.param_version)
 
     def read(self, step: InFlight) -> InFlight:
         """The step with its results on the host, waited for."""
-        outputs, parts = jax.device_get((step.outputs, [p.logprobs for p in step.prompt_parts]))
+        wanted = step.outputs, [p.logprobs for p in step.prompt_parts], step.embedded.sums
+        outputs, parts, sums = jax.device_get(wanted)
         self._host.settle(wait=False)
         return step._replace(
             outputs=outputs,
             prompt_parts=[p._replace(logprobs=lp) for p, lp in zip(step.prompt_parts, parts, strict=True)],
+            embedded=step.embedded._replace(sums=sums),
         )
 
     def scrub(self, pages: list[int]) -> None:
@@ -276,12 +282,7 @@ class Runner:
     def _prompt_parts(self, plan: Plan, bucket: Bucket, hidden: jax.Array) -> list[PromptPart]:
         """Logprobs of the prompt tokens that follow this step's tokens, where a request wants them."""
         parts = []
-        at = bucket.num_decodes
-        places = [(row, chunk) for row, chunk in enumerate(plan.decodes)]
-        for chunk in plan.chunks:
-            places.append((at, chunk))
-            at += chunk.length
-        for first, (sequence, start, length, _) in places:
+        for _, first, (sequence, start, length, _) in batch.tokens_of(plan, bucket):
             if sequence.params.prompt_logprobs is None:
                 continue
             end = min(start + length, sequence.prompt_len - 1)
@@ -293,6 +294,11 @@ class Runner:
                 found = self._prompt_logprobs(bucket.num_tokens)(self.params, hidden, rows, targets)
                 parts.append(PromptPart(sequence, begin + 1, count, found))
         return parts
+
+    def _embedded(self, plan: Plan, bucket: Bucket, hidden: jax.Array) -> Embedded:
+        """Sums of hidden states, where a request wants an embedding."""
+        embedded, owners = pack_embedded(plan, bucket)
+        return embedded if not embedded.parts else embedded._replace(sums=self._sum_hidden(bucket)(hidden, owners))
 
     def _compile(self, key: tuple[str, int | Bucket], jitted: Jitted, *shapes: Any) -> Callable[..., Any]:
         """The function compiled for these shapes, now or before."""
@@ -399,9 +405,17 @@ class Runner:
     def _prompt_logprobs(self, tokens: int) -> Callable[..., Logprobs]:
         found = partial(sampling.prompt_logprobs, spec=self.spec, placement=self.placement)
         function = self._jit(partial(found, batch_invariant=self.batch_invariant), self._copies)
-        hidden = jax.ShapeDtypeStruct((tokens, self.spec.dim), self.params["embed"]["w"].dtype)
         rows = _shape(_PROMPT_ROWS)
-        return self._compile(("prompt_logprobs", tokens), function, self.params, hidden, rows, rows)
+        return self._compile(("prompt_logprobs", tokens), function, self.params, self._hidden(tokens), rows, rows)
+
+    def _sum_hidden(self, bucket: Bucket) -> Callable[..., jax.Array]:
+        """Not among `functions`: few engines are asked for embeddings, and this compiles in no time."""
+        summed = partial(sum_by_owner, num_owners=bucket.num_rows)
+        shapes = self._hidden(bucket.num_tokens), _shape(bucket.num_tokens)
+        return self._compile(("sum_hidden", bucket), self._jit(summed, self._copies), *shapes)
+
+    def _hidden(self, tokens: int) -> Any:
+        return jax.ShapeDtypeStruct((tokens, self.spec.dim), self.params["embed"]["w"].dtype)
 
     def _scrub(self) -> Callable[..., KVCache]:
         return self._compile(

@@ -229,7 +229,7 @@ class Scheduler:
                 return
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_order)
-            if sequence.params.prompt_logprobs is None:
+            if not sequence.is_computed_whole:
                 self.prefix_cache_queries += sequence.num_tokens
                 self.prefix_cache_hits += sequence.num_computed_tokens
             if sequence.num_preemptions == 0:
@@ -285,10 +285,10 @@ class Scheduler:
             sequence.root = self.pool.root(sequence.prefix_salt)
 
     def _start(self, sequence: Sequence) -> None:
-        """Give a waiting sequence the cached pages of its prefix, if any; one that wants prompt logprobs takes none."""
+        """Give a waiting sequence the cached pages of its prefix, if any, unless it is computed whole."""
         sequence.page_table = np.zeros(self.max_pages, np.int32)
         sequence.root = self.pool.root(sequence.prefix_salt)
-        if sequence.params.prompt_logprobs is not None:
+        if sequence.is_computed_whole:
             return
         pages, sequence.digests = self.pool.match(sequence.token_ids, sequence.prefix_salt)
         self._extend(sequence, pages)

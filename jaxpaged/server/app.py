@@ -20,7 +20,7 @@ from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import EngineDeadError, RequestError
 from jaxpaged.outputs import RequestOutput
-from jaxpaged.server import generation
+from jaxpaged.server import embeddings, generation
 from jaxpaged.server.async_engine import AsyncEngine
 from jaxpaged.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
 from jaxpaged.server.faults import Fault, fault_of
@@ -30,6 +30,7 @@ from jaxpaged.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
     decode,
 )
@@ -70,6 +71,7 @@ class App:
             "/v1/models": {"GET": self._models},
             "/v1/completions": {"POST": self._completions},
             "/v1/chat/completions": {"POST": self._chat},
+            "/v1/embeddings": {"POST": self._embeddings},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
             "/health": {"GET": self._health},
@@ -155,6 +157,10 @@ class App:
         form = generation.ChatForm(request, self.engine)
         prompts = [(token_ids, None)]
         await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observe)
+
+    async def _embeddings(self, exchange: Exchange, body: bytes) -> None:
+        request = decode(_json(exchange, body), EmbeddingRequest)
+        await embeddings.answer(exchange, self.engine, request, self._model(request.model), self._observe)
 
     def _encode_chat(self, messages: Sequence[Message], turn: bool) -> list[int]:
         tokenizer = self._tokenizer()

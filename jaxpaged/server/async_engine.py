@@ -13,18 +13,21 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeVar
 
+import numpy as np
+
+from jaxpaged.engine.embedding import unit_length
 from jaxpaged.engine.engine import Engine, request_ids
-from jaxpaged.engine.intake import Prompt
+from jaxpaged.engine.intake import EMBEDDING, Prompt
 from jaxpaged.engine.report import OutputKind
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.errors import EngineDeadError, QueueFullError, RequestError
 from jaxpaged.llm import LLM
 from jaxpaged.model.params import Params
-from jaxpaged.outputs import RequestOutput
+from jaxpaged.outputs import Pooling, RequestOutput
 from jaxpaged.sampling_params import SamplingParams
 
 log = logging.getLogger("jaxpaged")
@@ -45,6 +48,7 @@ class NewRequest:
     prompt_text: str | None = None
     priority: int = 0
     cache_salt: str | None = None
+    pooling: Pooling | None = None  # with `params` EMBEDDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class AsyncEngine:
         self.tokenizer = engine.tokenizer
         self.max_model_len = engine.max_model_len
         self.vocab_size = engine.spec.vocab_size
+        self.dim = engine.spec.dim
         self.max_num_queued_requests = max_num_queued_requests
         self.dead: str | None = None
         """Why no request can be served any more; None while they can."""
@@ -129,8 +134,35 @@ class AsyncEngine:
         """
         request_id = next(self._ids) if request_id is None else request_id
         params = params or SamplingParams()
-        inbox = Inbox()
         request = NewRequest(request_id, prompt, params, output_kind, priority=priority, cache_salt=cache_salt)
+        async with aclosing(self._outputs(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        pooling: Pooling = "mean",
+        request_id: str | None = None,
+        *,
+        normalize: bool = True,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> np.ndarray:
+        """One prompt's embedding, float32 [dim], as `LLM.embed` gives it; the same errors as of `generate`."""
+        request_id = next(self._ids) if request_id is None else request_id
+        request = NewRequest(
+            request_id, prompt, EMBEDDING, "final", priority=priority, cache_salt=cache_salt, pooling=pooling
+        )
+        async with aclosing(self._outputs(request)) as outputs:
+            vector = (await anext(outputs)).embedding
+        if vector is None:
+            return np.full(self.dim, np.nan, np.float32)
+        return unit_length(vector) if normalize else vector
+
+    async def _outputs(self, request: NewRequest) -> AsyncGenerator[RequestOutput, None]:
+        """Until the request has finished; closing ends it."""
+        inbox = Inbox()
         await self.submit([request], inbox)
         finished = False
         try:
@@ -140,7 +172,7 @@ class AsyncEngine:
                 yield output
         finally:
             if not finished:
-                self.discard([request_id], inbox)
+                self.discard([request.request_id], inbox)
 
     async def submit(self, requests: Sequence[NewRequest], inbox: Inbox) -> None:
         """Queue several requests whose outputs go to one inbox: all of them or, with an error as of `generate`, none.
@@ -336,6 +368,7 @@ class AsyncEngine:
                     prompt_text=r.prompt_text,
                     priority=r.priority,
                     cache_salt=r.cache_salt,
+                    pooling=r.pooling,
                 )
                 added.append(r.request_id)
         except Exception:

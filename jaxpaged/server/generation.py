@@ -270,16 +270,16 @@ def chat_params(request: ChatRequest) -> SamplingParams:
     )
 
 
-def completion_prompts(prompt: Any) -> list[tuple[Any, str | None]]:
-    """Text, texts, token ids or lists of them, as a list of prompts."""
+def completion_prompts(prompt: Any, name: str = "prompt") -> list[tuple[Any, str | None]]:
+    """Text, texts, token ids or lists of them, as a list of prompts; `name` is the field's."""
     if isinstance(prompt, str):
         return [(prompt, None)]
     if not prompt:
-        raise RequestError("prompt is empty; give text, or at least 1 token id")
+        raise RequestError(f"{name} is empty; give text, or at least 1 token id")
     if all(isinstance(part, int) and not isinstance(part, bool) for part in prompt):
         return [(prompt, None)]
     if len(prompt) > MAX_PROMPTS:
-        raise RequestError(f"prompt has {len(prompt):,} entries; at most {MAX_PROMPTS:,} are served at once")
+        raise RequestError(f"{name} has {len(prompt):,} entries; at most {MAX_PROMPTS:,} are served at once")
     if not (all(isinstance(part, str) for part in prompt) or all(isinstance(part, list) for part in prompt)):
-        raise RequestError("prompt mixes texts and token ids; give text, token ids, or a list of either")
+        raise RequestError(f"{name} mixes texts and token ids; give text, token ids, or a list of either")
     return [(part, None) for part in prompt]

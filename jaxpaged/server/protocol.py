@@ -7,11 +7,12 @@ asks for nothing; fields that nobody knows are ignored, as other servers do.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from jaxpaged.errors import RequestError
+from jaxpaged.outputs import Pooling
 from jaxpaged.sampling_params import SamplingParams
 
 MAX_N = 128
@@ -119,6 +120,22 @@ class ChatRequest(Generation, kw_only=True):
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
     add_generation_prompt: bool | None = None
+
+
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """POST /v1/embeddings."""
+
+    input: str | list[Any]  # as a completion's prompt
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+    truncate_prompt_tokens: Any = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
