@@ -20,7 +20,7 @@ from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import EngineDeadError, RequestError
 from jaxpaged.outputs import RequestOutput
-from jaxpaged.server import embeddings, generation
+from jaxpaged.server import embeddings, generation, responses
 from jaxpaged.server.async_engine import AsyncEngine
 from jaxpaged.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
 from jaxpaged.server.faults import Fault, fault_of
@@ -31,6 +31,7 @@ from jaxpaged.server.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    ResponseRequest,
     TokenizeRequest,
     decode,
 )
@@ -71,6 +72,7 @@ class App:
             "/v1/models": {"GET": self._models},
             "/v1/completions": {"POST": self._completions},
             "/v1/chat/completions": {"POST": self._chat},
+            "/v1/responses": {"POST": self._responses},
             "/v1/embeddings": {"POST": self._embeddings},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
@@ -157,6 +159,12 @@ class App:
         form = generation.ChatForm(request, self.engine)
         prompts = [(token_ids, None)]
         await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observe)
+
+    async def _responses(self, exchange: Exchange, body: bytes) -> None:
+        request = decode(_json(exchange, body), ResponseRequest)
+        model, params = self._model(request.model), responses.response_params(request)
+        token_ids = await self.engine.offload(self._encode_chat, responses.messages_of(request), True)
+        await responses.answer(exchange, self.engine, request, model, token_ids, params, self._observe)
 
     async def _embeddings(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), EmbeddingRequest)

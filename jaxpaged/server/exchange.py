@@ -90,9 +90,10 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
 
-def event(value: Any) -> bytes:
+def event(value: Any, name: str | None = None) -> bytes:
     """One server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
 def _too_large(size: int) -> Fault:

@@ -122,6 +122,33 @@ class ChatRequest(Generation, kw_only=True):
     add_generation_prompt: bool | None = None
 
 
+class ResponseText(msgspec.Struct, kw_only=True):
+    """The form of a response's text."""
+
+    format: Any = None
+    verbosity: Any = None
+
+
+class ResponseRequest(Generation, kw_only=True):
+    """POST /v1/responses."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    text: ResponseText | None = None
+    metadata: dict[str, str] | None = None
+    truncation: str | None = None
+    store: bool | None = None
+    previous_response_id: Any = None
+    conversation: Any = None
+    prompt: Any = None
+    background: Any = None
+    reasoning: Any = None
+    max_tool_calls: Any = None
+
+
 class EmbeddingRequest(msgspec.Struct, kw_only=True):
     """POST /v1/embeddings."""
 
