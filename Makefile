@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-aot gpu gpu-wheels lint fix types bench wheel table clean
+.PHONY: help demo test test-slow test-ray test-aot gpu gpu-wheels lint fix types bench wheel table clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +42,9 @@ gpu-wheels: | $(BIN)/python ## fetch pure wheels to take along where `make gpu` 
 test-tunix: ## train with google-tunix, rolled out here; installs 1.6 GB, which .ci/run leaves out
 	$(MAKE) VENV=.venv-tunix .venv-tunix/.tunix
 	.venv-tunix/bin/python -m pytest tests/test_tunix.py
+
+test-ray: $(VENV)/.ray ## Ray's replicas and workers, really started and killed
+	$(BIN)/python -m pytest tests/test_ray.py
 
 lint: $(VENV)/.dev ## ruff, and that generated text is up to date
 	$(BIN)/ruff check .
@@ -81,6 +84,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml $(VENV)/.demo | $(BIN)/python
 	@echo "installing the development tools into $(VENV) ..."
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.ray: pyproject.toml $(VENV)/.dev
+	$(PIP) --editable '.[ray]'
 	@touch $@
 
 $(VENV)/.tunix: pyproject.toml | $(BIN)/python
