@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
-from shapes import SHAPES
 from workloads import BenchRequest
+
+from jaxpaged.bench.shapes import SHAPES
 
 BATCH_SIZE = 16
 

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from checkout import commit
-from shapes import SHAPES
 from workloads import BenchRequest
 
 from jaxpaged import LLM, SamplingParams
+from jaxpaged.bench.shapes import SHAPES
 from jaxpaged.convert.families import FAMILIES
 from jaxpaged.model.params import dummy_params
 

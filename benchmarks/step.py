@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from measure import host
-from shapes import SHAPES
 
+from jaxpaged.bench.shapes import SHAPES
 from jaxpaged.convert.families import FAMILIES
 from jaxpaged.functional import Span, pack
 from jaxpaged.kernels import trial

@@ -75,15 +75,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if (found / SPEC).is_file():
         config = _read_config(found / HF_CONFIG) if (found / HF_CONFIG).exists() else {}
         return Checkpoint(found, "native", config, read_folder(found))
-    if not (found / CONFIG).is_file():
-        raise CheckpointError(_no_config(found))
-    config = _read_config(found / CONFIG)
-    _refuse_remote_code(config, found / CONFIG)
-    _refuse_quantised(config, found / CONFIG)
-    return Checkpoint(found, "hf", config, read_folder(found))
+    return Checkpoint(found, "hf", read_config(found), read_folder(found))
 
 
-def locate(path: str | Path) -> Path:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a Hugging Face folder. Raises CheckpointError where it is none that we can serve."""
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(_no_config(folder))
+    config = _read_config(folder / CONFIG)
+    _refuse_remote_code(config, folder / CONFIG)
+    _refuse_quantised(config, folder / CONFIG)
+    return config
+
+
+def locate(path: str | Path, *, with_weights: bool = True) -> Path:
     """The folder or file on this machine; a hub id is fetched. Raises CheckpointError where there is none."""
     local = Path(path).expanduser()
     try:
@@ -92,15 +97,15 @@ def locate(path: str | Path) -> Path:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot look at {str(path)!r}: {error}") from error
     if isinstance(path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-        return _fetch(path)
+        return _fetch(path, _HUB_FILES if with_weights else [CONFIG, SPEC])
     raise CheckpointError(f"{path} does not exist; pass a checkpoint's folder, a .gguf file or a hub id (org/name)")
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as error:  # the hub's client raises its own, its transport's and the system's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

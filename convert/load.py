@@ -6,7 +6,7 @@ Host memory holds one HF tensor at a time beside what has been placed already; `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxpaged.convert.checkpoint import SPEC, Checkpoint, Format, open_checkpoint
-from jaxpaged.convert.families import family_of
+from jaxpaged.convert.checkpoint import SPEC, Checkpoint, Format, locate, open_checkpoint, read_config
+from jaxpaged.convert.families import Family, family_of
 from jaxpaged.convert.rules import Rule, copy, hf_shapes, load_leaves
 from jaxpaged.convert.stored_tensor import Array
 from jaxpaged.errors import CheckpointError
@@ -44,6 +44,13 @@ class LoadedModel(NamedTuple):
     config: dict[str, Any]
     path: Path
     format: Format
+
+
+class Described(NamedTuple):
+    """What a model is; `dtype` is what its weights are stored as, None where that is quantised or unknown."""
+
+    spec: Decoder
+    dtype: np.dtype[Any] | None
 
 
 class Recipe(NamedTuple):
@@ -75,6 +82,22 @@ def load(path: str | Path, *, dtype: str = "auto", put_for: PutFor | None = None
         placed[name] = jax.block_until_ready(place(name, shapes[name], array))
     params = map_specs(lambda name, leaf: placed[name], recipe.spec)
     return LoadedModel(recipe.spec, params, checkpoint.config, checkpoint.path, checkpoint.format)
+
+
+def describe(path: str | Path) -> Described:
+    """What a checkpoint is, by its config and headers: no weight is read, and a Hugging Face folder need not have any.
+
+    Raises CheckpointError where it is none that we can serve.
+    """
+    found = locate(path, with_weights=False)
+    if found.is_file() or any(found.glob("*.safetensors")):
+        checkpoint = open_checkpoint(found)
+        return Described(recipe_for(checkpoint).spec, checkpoint.dtype)
+    if (found / SPEC).is_file():
+        return Described(_native_spec(found / SPEC), None)
+    config = read_config(found)
+    _, spec = _family_and_spec(config, found)
+    return Described(spec, DTYPES.get(str(config.get("dtype", config.get("torch_dtype")))))
 
 
 def leaves(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Iterator[tuple[str, Array]]:
@@ -111,26 +134,31 @@ def resolve_dtype(name: str, checkpoint: Checkpoint) -> np.dtype[Any]:
 
 
 def _native_recipe(checkpoint: Checkpoint) -> Recipe:
-    file = checkpoint.path / SPEC
-    try:
-        spec = from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} does not describe a model ({error}); convert the checkpoint again") from error
+    spec = _native_spec(checkpoint.path / SPEC)
     return Recipe(spec, [copy(path, path) for path, _ in flatten(param_specs(spec))])
 
 
-def _family_recipe(checkpoint: Checkpoint) -> Recipe:
+def _native_spec(file: Path) -> Decoder:
     try:
-        family = family_of(checkpoint.config)
-        spec = family.spec(checkpoint.config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    except ArithmeticError as error:  # of numbers that are finite but absurd
-        raise CheckpointError(
-            f"{checkpoint.path}: its config holds an absurd number ({error}); fetch it again"
-        ) from error
+        return from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} does not describe a model ({error}); convert the checkpoint again") from error
+
+
+def _family_recipe(checkpoint: Checkpoint) -> Recipe:
+    family, spec = _family_and_spec(checkpoint.config, checkpoint.path)
     unread = frozenset(name for name in checkpoint.names if family.ignores(name, spec))
     return Recipe(spec, family.rules(spec, checkpoint.names), unread)
+
+
+def _family_and_spec(config: Mapping[str, Any], path: Path) -> tuple[Family, Decoder]:
+    try:
+        family = family_of(config)
+        return family, family.spec(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except ArithmeticError as error:  # of numbers that are finite but absurd
+        raise CheckpointError(f"{path}: its config holds an absurd number ({error}); fetch it again") from error
 
 
 def _largest_first(rules: Sequence[Rule], checkpoint: Checkpoint) -> Sequence[Rule]:

@@ -1,4 +1,4 @@
-"""`jaxpaged COMMAND`: generate, chat, serve, convert, bench. A failure is one line `error: ...` and exit status 2."""
+"""`jaxpaged COMMAND`, one of those below. A failure is one line `error: ...` and exit status 2."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": Command("jaxpaged.cli.generate", "complete prompts"),
     "chat": Command("jaxpaged.cli.chat", "talk with a model in the terminal"),
     "serve": Command("jaxpaged.cli.serve", "serve a model through an OpenAI-compatible HTTP API"),
+    "plan": Command("jaxpaged.cli.plan", "say whether a model fits so many devices, and what a step would take"),
     "export": Command("jaxpaged.cli.export", "write a model with its compiled steps, to start without tracing"),
     "convert": Command("jaxpaged.convert.__main__", "convert a checkpoint to the native format, or back"),
     "bench": Command("jaxpaged.cli.bench", "measure where KV memory goes, and draw it"),

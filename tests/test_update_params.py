@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shapes import SHAPES
 
 from jaxpaged import LLM, SamplingParams
+from jaxpaged.bench.shapes import SHAPES
 from jaxpaged.convert.families import FAMILIES
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.params import dummy_params

@@ -38,13 +38,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights (default: auto, as in the checkpoint)",
     )
-    _add_fields(group, EngineConfig, fields(EngineConfig))
+    add_fields(group, EngineConfig, fields(EngineConfig))
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
     """How tokens are chosen. What belongs to the command itself is left out."""
     wanted = [f for f in _sampling_fields() if f.name not in leave_out]
-    _add_fields(parser.add_argument_group("sampling"), SamplingParams, wanted)
+    add_fields(parser.add_argument_group("sampling"), SamplingParams, wanted)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,7 +70,8 @@ def _sampling_fields() -> list[Field[Any]]:
     return [f for f in fields(SamplingParams) if f.name not in NO_FLAGS | {"seed"}]
 
 
-def _add_fields(group: Any, settings: type[Settings], wanted: Sequence[Field[Any]]) -> None:
+def add_fields(group: Any, settings: type[Settings], wanted: Sequence[Field[Any]]) -> None:
+    """A flag for each of these fields of the settings."""
     hints, helps = typing.get_type_hints(settings), field_help(settings)
     for field in wanted:
         flags = ["--" + field.name.replace("_", "-")]

@@ -102,7 +102,7 @@ def write(
     for platform in platforms:
         steps = folder / "steps" / platform
         steps.mkdir(parents=True)
-        with _as_if_on(platform, gpu):
+        with as_if_on(platform, gpu):
             devices[platform] = current_device()._asdict()
             jobs = Runner(spec, params, dataclasses.replace(config, host_cache_gb=0.0), build=_writer(steps, platform))
             for job in tqdm(jobs.functions(), desc=f"exporting for {platform}", disable=not show_progress, leave=False):
@@ -181,7 +181,7 @@ class _Written:
         return self.compile
 
 
-def _as_if_on(platform: str, gpu: str | None) -> AbstractContextManager[Any]:
+def as_if_on(platform: str, gpu: str | None) -> AbstractContextManager[Any]:
     """Tracing in this context takes the kernels and sizes that such a device would."""
     if platform not in DEVICES:
         raise ConfigError(f"cannot export for {platform!r}; known: {', '.join(DEVICES)}")

@@ -21,11 +21,21 @@ def affordable_pages(config: EngineConfig, spec: Decoder, page_bytes: int, place
     here = jax.local_devices()[0] if placement is None else placement.mesh.devices.flat[0]
     stats = here.memory_stats()
     if stats and "bytes_limit" in stats:
-        budget = int(stats["bytes_limit"] * (config.memory_utilization - _COMPILE_RESERVE)) - stats["bytes_in_use"]
+        budget = pool_budget(stats["bytes_limit"], stats["bytes_in_use"], config)
     else:
         budget = min(int(_free_host_memory() * config.memory_utilization), _CPU_POOL_BYTES)
-    useful = config.max_num_seqs * -(-(config.max_model_len or spec.max_positions) // config.page_size) + 1
     shards = 1 if placement is None or here.platform == "cpu" else placement.num_shards("kv_heads")
+    return pages_within(budget, config, spec, page_bytes, shards)
+
+
+def pool_budget(memory: int, in_use: int, config: EngineConfig) -> int:
+    """Bytes of a device's memory that the pool may take beside what is in use; below 0 where that is too much."""
+    return int(memory * (config.memory_utilization - _COMPILE_RESERVE)) - in_use
+
+
+def pages_within(budget: int, config: EngineConfig, spec: Decoder, page_bytes: int, shards: int) -> int:
+    """Pages, each cut into so many shards, that fit these bytes of a device, and no more than are of use."""
+    useful = config.max_num_seqs * -(-(config.max_model_len or spec.max_positions) // config.page_size) + 1
     affordable = max(budget, 0) * shards // page_bytes
     if affordable < 2:
         raise ConfigError(

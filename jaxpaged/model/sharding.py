@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.head_layout import fit_heads, fit_leaf
@@ -53,9 +53,12 @@ class ShardingRules:
 
 @dataclass(frozen=True)
 class Placement:
-    """A mesh and the rules for it. Hashable: the step takes it as a static argument."""
+    """A mesh and the rules for it. Hashable: the step takes it as a static argument.
 
-    mesh: Mesh
+    A mesh without devices tells shapes and shares, and nothing can be put on it.
+    """
+
+    mesh: Mesh | AbstractMesh
     rules: ShardingRules = ShardingRules()
 
     def __post_init__(self) -> None:
@@ -75,7 +78,9 @@ class Placement:
             )
         # The partitioner decides what no rule says, whatever the caller's own program leaves to it.
         auto = (AxisType.Auto,) * len(names)
-        object.__setattr__(self, "mesh", Mesh(self.mesh.devices, names, axis_types=auto))
+        is_abstract = isinstance(self.mesh, AbstractMesh)
+        mesh = self.mesh.update(axis_types=auto) if is_abstract else Mesh(self.mesh.devices, names, axis_types=auto)
+        object.__setattr__(self, "mesh", mesh)
 
     def num_shards(self, logical: str) -> int:
         """Into how many parts this logical axis is cut."""

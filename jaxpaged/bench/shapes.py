@@ -1,4 +1,4 @@
-"""Named model shapes as their publishers' config.json gives them, for random weights: `--dummy llama-3-8b`."""
+"""Named model shapes as their publishers' config.json gives them, for random weights and for `jaxpaged plan`."""
 
 from __future__ import annotations
 

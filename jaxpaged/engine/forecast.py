@@ -1,0 +1,173 @@
+"""What a model will take on devices that need not be here: memory as the engine shares it out, a step by arithmetic.
+
+Memory comes from what the engine itself asks (the table of weights, the pool's shapes, the placement, the budget). A
+step's time is the least that the given speeds allow: the slower of computing and reading, then the links. Launches,
+latencies and the host are not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.engine.exports import as_if_on
+from jaxpaged.engine.memory_budget import fitting_model_len, pages_within, pool_budget
+from jaxpaged.engine.pool_fit import PoolFit
+from jaxpaged.errors import ConfigError
+from jaxpaged.model.cache import KVCache, cache_shapes, page_bytes, pool_dtype
+from jaxpaged.model.params import flatten, param_specs
+from jaxpaged.model.sharding import Placement, ShardingRules
+from jaxpaged.model.spec import Decoder
+
+
+class Speeds(NamedTuple):
+    """What a device does in a second, at best. The defaults are an H100 SXM's data sheet: given, not measured."""
+
+    flops: float = 989e12  # bfloat16, dense
+    hbm: float = 3.35e12  # bytes of its memory
+    link: float = 450e9  # bytes to other devices, and as many from them at the same time
+
+
+class Forecast(NamedTuple):
+    """What each device holds, and for how many tokens there is room on the devices that share one copy of the model."""
+
+    weight_bytes: int
+    page_bytes: int
+    pool_bytes: int
+    free_bytes: int  # which the pool could have, if it were of use
+    num_pages: int  # the null page included
+    num_tokens: int
+    max_model_len: int
+    num_full_seqs: int  # of max_model_len tokens each
+
+
+class DecodeStep(NamedTuple):
+    """What one decode step costs each device: `context_len` tokens of each sequence are read."""
+
+    num_seqs: int
+    context_len: int
+    flops: int
+    weight_bytes: int  # read
+    kv_bytes: int  # read
+    num_sums: int  # all-reduces
+    sum_bytes: int  # of the largest
+    link_bytes: int  # sent over a device's links, and received
+
+    def seconds(self, speeds: Speeds) -> tuple[float, float, float]:
+        """Computing, reading and the links; the step takes the larger of the first two, and the third."""
+        read = self.weight_bytes + self.kv_bytes
+        return self.flops / speeds.flops, read / speeds.hbm, self.link_bytes / speeds.link
+
+    def total(self, speeds: Speeds) -> float:
+        """Seconds of the whole step."""
+        computing, reading, links = self.seconds(speeds)
+        return max(computing, reading) + links
+
+
+class Forecaster:
+    """A model on `config.tensor_parallel_size` devices. Raises ConfigError where they cannot share it."""
+
+    def __init__(self, spec: Decoder, dtype: Any, config: EngineConfig, rules: ShardingRules | None = None) -> None:
+        """`dtype` is the weights'."""
+        rules = rules or ShardingRules()
+        self.config, self.dtype = config, jax.numpy.dtype(dtype)
+        self.placement = Placement(AbstractMesh((config.tensor_parallel_size,), (rules.heads or "model",)), rules)
+        self.spec = self.placement.fit(spec)
+        self.cache_dtype = self.dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
+
+    def fit(self, memory: int, gpu: str | None = None) -> Forecast:
+        """What lies on devices of which JAX may use so much memory. Raises ConfigError where it is too little."""
+        config, weights = self.config, self.weight_bytes()
+        budget = pool_budget(memory, weights, config)
+        share = config.memory_utilization
+        if budget <= 0:
+            raise ConfigError(
+                f"weights take {weights:,} bytes of each device, and memory_utilization {share:g} leaves "
+                f"{budget + weights:,} of {memory:,}; take more devices, or larger ones"
+            )
+        whole = page_bytes(self.spec, config.page_size, self.cache_dtype)
+        with as_if_on("cuda", gpu):
+            fit = PoolFit(self.spec, self.dtype, self.cache_dtype, config)
+            shards = self.placement.num_shards("kv_heads")
+            most = config.num_pages or pages_within(budget, config, self.spec, whole, shards)
+            num_pages = fit.check(most) if config.num_pages else fit.most(most)
+        each = self.pool_bytes(1)
+        if num_pages * each > budget:
+            raise ConfigError(
+                f"num_pages is {num_pages:,}, {num_pages * each:,} bytes of each device, and {budget:,} are free for "
+                f"the pool; lower it to {budget // each:,}"
+            )
+        max_model_len = fitting_model_len(self.spec, config, num_pages)
+        return Forecast(
+            weight_bytes=weights,
+            page_bytes=each,
+            pool_bytes=num_pages * each,
+            free_bytes=budget - num_pages * each,
+            num_pages=num_pages,
+            num_tokens=(num_pages - 1) * config.page_size,
+            max_model_len=max_model_len,
+            num_full_seqs=(num_pages - 1) // -(-max_model_len // config.page_size),
+        )
+
+    def decode_step(self, num_seqs: int, context_len: int) -> DecodeStep:
+        """A step in which so many sequences decode one token, and have `context_len` with it."""
+        products = [shape for path, shape in self._weights() if len(shape) == 2 and self._is_multiplied(path)]
+        vectors = [shape for _, shape in self._weights() if len(shape) == 1]
+        flops = 2 * num_seqs * sum(math.prod(shape) for shape in products)
+        kv_bytes = 0
+        pools = self._cache(1).pools
+        for block, pool in zip(self.spec.blocks, pools, strict=True):
+            a = block.mixer
+            seen = context_len if a.window is None else min(context_len, a.window)
+            heads = a.heads // self.placement.num_shards("heads")
+            flops += 4 * num_seqs * seen * heads * a.head_dim
+            kv_bytes += num_seqs * seen * _bytes(pool) // self.config.page_size
+        layers = len(self.spec.blocks)
+        sums = [("heads", layers, self.spec.dim), ("ffn", layers, self.spec.dim), ("vocab", 1, self.spec.embed_dim)]
+        cut = [(self.placement.num_shards(axis), count, width) for axis, count, width in sums]
+        row = num_seqs * self.dtype.itemsize
+        return DecodeStep(
+            num_seqs=num_seqs,
+            context_len=context_len,
+            flops=flops,
+            weight_bytes=sum(math.prod(shape) for shape in (*products, *vectors)) * self.dtype.itemsize,
+            kv_bytes=kv_bytes,
+            num_sums=sum(count for n, count, _ in cut if n > 1),
+            sum_bytes=max((width * row for n, _, width in cut if n > 1), default=0),
+            link_bytes=sum(count * 2 * (n - 1) * width * row // n for n, count, width in cut),
+        )
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights on each device."""
+        return sum(math.prod(shape) for _, shape in self._weights()) * int(self.dtype.itemsize)
+
+    def pool_bytes(self, num_pages: int) -> int:
+        """Bytes of so many pages on each device."""
+        return _bytes(self._cache(num_pages))
+
+    def _weights(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Each leaf's path, and the shape of a device's part."""
+        found = flatten(param_specs(self.spec))
+        return [(path, self.placement.sharding(*leaf.axes).shard_shape(leaf.shape)) for path, leaf in found]
+
+    def _is_multiplied(self, path: str) -> bool:
+        """Whether a step reads all of a matrix, not only rows."""
+        return path != "positions.w" and (path != "embed.w" or self.spec.tied_head)
+
+    def _cache(self, num_pages: int) -> KVCache:
+        """A device's part of the pool, in shapes."""
+        whole = cache_shapes(self.spec, num_pages, self.config.page_size, self.cache_dtype).pools
+
+        def part(leaf: Any, sharding: Any) -> Any:
+            return jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
+
+        return KVCache(jax.tree.map(part, whole, self.placement.cache_shardings(whole)))
+
+
+def _bytes(shapes: Any) -> int:
+    total: int = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return total
