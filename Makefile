@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-ray test-aot gpu gpu-wheels lint fix types bench wheel table clean
+.PHONY: help demo test test-slow test-ray test-aot test-clients gpu gpu-wheels lint fix types bench wheel table clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -45,6 +45,10 @@ test-tunix: ## train with google-tunix, rolled out here; installs 1.6 GB, which 
 
 test-ray: $(VENV)/.ray ## Ray's replicas and workers, really started and killed
 	$(BIN)/python -m pytest tests/test_ray.py
+
+test-clients: $(VENV)/.dev ## the server asked by langchain, lm-eval and locust, which get an environment of their own
+	$(MAKE) .venv-clients/.clients
+	$(BIN)/python -m pytest tests/test_clients.py
 
 lint: $(VENV)/.dev ## ruff, and that generated text is up to date
 	$(BIN)/ruff check .
@@ -92,6 +96,15 @@ $(VENV)/.ray: pyproject.toml $(VENV)/.dev
 
 $(VENV)/.tunix: pyproject.toml | $(BIN)/python
 	$(PIP) --editable . google-tunix==0.1.7 pytest
+	@touch $@
+
+# What other people's clients need to ask a server, and nothing of ours. lm-eval asks for more than it imports.
+CLIENTS := langchain-openai locust "datasets>=4" sacrebleu more_itertools tenacity requests aiohttp
+.venv-clients/.clients: pyproject.toml $(VENV)/.dev
+	$(BIN)/python -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check $(CLIENTS)
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lm_eval==0.4.13
+	.venv-clients/bin/python -c "import lm_eval.evaluator, langchain_openai"
 	@touch $@
 
 # The compiler alone, in an environment of its own: elsewhere JAX would look for the GPU that these wheels promise.

@@ -237,6 +237,12 @@ def test_tokenize_and_detokenize_are_inverse(server):
     assert server.post("/tokenize", messages=HELLO).json()["tokens"] == ids(server, RENDERED)
 
 
+def test_tokenizer_info_has_what_the_template_may_write(server):
+    info = server.http.get("/tokenizer_info").json()
+    assert info["chat_template"] == server.engine.tokenizer.chat_template
+    assert info["vocab_size"] == server.engine.tokenizer.vocab_size and "eos_token" in info
+
+
 def test_metrics_count_what_was_served(server, client):
     def value(name):
         lines = server.http.get("/metrics").text.splitlines()

@@ -76,6 +76,7 @@ class App:
             "/v1/embeddings": {"POST": self._embeddings},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
+            "/tokenizer_info": {"GET": self._tokenizer_info},
             "/health": {"GET": self._health},
             "/ping": {"GET": self._health, "POST": self._health},
             "/version": {"GET": self._version},
@@ -219,6 +220,12 @@ class App:
                 raise RequestError(f"tokens holds {token}; token ids of this model are 0 to {vocab - 1:,}")
         text = await self.engine.offload(self._tokenizer().decode, request.tokens, False)
         await exchange.reply_json({"prompt": text})
+
+    async def _tokenizer_info(self, exchange: Exchange, body: bytes) -> None:
+        tokenizer = self._tokenizer()
+        named = dict.fromkeys(("bos_token", "eos_token", "pad_token")) | tokenizer.named_tokens
+        template = {"chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size}
+        await exchange.reply_json(named | template)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         tokenizer = self._tokenizer()
