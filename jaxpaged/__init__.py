@@ -19,6 +19,7 @@ from jaxpaged.logits_processor import LogitsProcessor
 from jaxpaged.model.sharding import ShardingRules
 from jaxpaged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
+from jaxpaged.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from jaxpaged.server.async_engine import AsyncEngine
@@ -44,6 +45,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ShardingRules",
+    "StructuredOutputsParams",
 ]
 
 

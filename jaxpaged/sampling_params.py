@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from jaxpaged.errors import RequestError
 from jaxpaged.logits_processor import LogitsProcessor
 from jaxpaged.settings import Settings
+from jaxpaged.structured_outputs import StructuredOutputsParams
 
 MIN_TEMPERATURE = 0.01
 """A smaller temperature that is not 0 is raised to this, as in vLLM: logits divided by less overflow."""
@@ -50,6 +51,7 @@ class SamplingParams(Settings):
     best_of                     completions made, of which the n of the highest cumulative log probability are given in
                                 the end, best first; None: n
     logits_processor            your own function on the logits, jittable, or a LogitsProcessor, which has a state
+    structured_outputs          the form the answer must have: a StructuredOutputsParams, or its fields in a mapping
     """
 
     error: ClassVar[type[RequestError]] = RequestError
@@ -78,6 +80,7 @@ class SamplingParams(Settings):
     allowed_token_ids: Sequence[int] | None = None
     best_of: int | None = None
     logits_processor: LogitsProcessor | Callable[[Any, Any], tuple[Any, Any]] | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check every field and store it in its one form: sequences as tuples, numbers as int or float."""
@@ -121,6 +124,12 @@ class SamplingParams(Settings):
                     "gives (logits, state), or a LogitsProcessor"
                 )
             self._set("logits_processor", LogitsProcessor(self.logits_processor))
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            if not isinstance(self.structured_outputs, Mapping):
+                raise RequestError(
+                    f"structured_outputs is {self.structured_outputs!r:.60}; it must be a StructuredOutputsParams"
+                )
+            self._set("structured_outputs", StructuredOutputsParams(**self.structured_outputs))
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need text; set detokenize=True or use stop_token_ids")
 
@@ -133,6 +142,11 @@ class SamplingParams(Settings):
     def processor(self) -> LogitsProcessor | None:
         """`logits_processor` as stored."""
         return self.logits_processor if isinstance(self.logits_processor, LogitsProcessor) else None
+
+    @property
+    def form(self) -> StructuredOutputsParams | None:
+        """`structured_outputs` as stored."""
+        return self.structured_outputs if isinstance(self.structured_outputs, StructuredOutputsParams) else None
 
     @property
     def num_completions(self) -> int:

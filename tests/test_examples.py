@@ -21,6 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 EXPECTED = {
     "quickstart": ["'The capital of France is' -> ", "chat: ", "drawn 1: ", "  1. ", "mean log probability"],
     "chat": ["> "],
+    "structured": ["city: {'name': ", "blue: ", "time: "],
     "logits_processor": ["'Once upon a time' -> ", "'The weather today is' -> "],
     "custom_sampler": ["'Once upon a time' -> "],
     "batch": ["What is the colour of carrot? ", "32 requests, ", "prompt tokens came from the prefix cache"],

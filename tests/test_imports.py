@@ -17,6 +17,7 @@ WORDS = (
     "jaxpaged.errors",
     "jaxpaged.settings",
     "jaxpaged.logits_processor",
+    "jaxpaged.structured_outputs",
     "jaxpaged.sampling_params",
     "jaxpaged.outputs",
     "jaxpaged.config",

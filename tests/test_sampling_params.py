@@ -36,6 +36,7 @@ def test_defaults_are_vllms():
         "allowed_token_ids": None,
         "best_of": None,  # of vLLM until 0.6
         "logits_processor": None,  # ours
+        "structured_outputs": None,
     }
 
 

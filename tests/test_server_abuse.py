@@ -133,7 +133,7 @@ BODY_POISON = {
     "best of a stream": '{"prompt": "ban", "best_of": 3, "stream": true}',
     "suffix": '{"prompt": "ban", "suffix": "x"}',
     "beam search": '{"prompt": "ban", "use_beam_search": true}',
-    "grammar": '{"prompt": "ban", "guided_regex": "(a+)+$"}',
+    "grammar": '{"prompt": "ban", "guided_regex": "(a+"}',
     "schema": '{"prompt": "ban", "response_format": {"type": "json_schema", "json_schema": {}}}',
 }
 CHAT_POISON = {

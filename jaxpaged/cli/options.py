@@ -22,7 +22,12 @@ ALIASES = {
 }
 """What vLLM calls the same flag."""
 
-NO_FLAGS = {"detokenize", "logit_bias", "logits_processor"}  # of no use in a terminal; `seed` is the engine's
+NO_FLAGS = {
+    "detokenize",
+    "logit_bias",
+    "logits_processor",
+    "structured_outputs",
+}  # of no use in a terminal; `seed` is the engine's
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -210,15 +210,19 @@ def pack_edits(edits: Mapping[int, RowEdits], num_rows: int) -> Iterator[Edits]:
 
 def pack_allowed(plan: Plan, bucket: Bucket, vocab_size: int) -> np.ndarray | None:
     """A bit per row and token: may it be sampled? None where every row may sample everything."""
-    limited = [(row, c.sequence.params.allowed_token_ids) for row, c in rows_of(plan, bucket) if c.samples]
-    limited = [(row, allowed) for row, allowed in limited if allowed is not None]
+    sampled = [(row, chunk.sequence) for row, chunk in rows_of(plan, bucket) if chunk.samples]
+    limited = [(row, s) for row, s in sampled if s.matcher is not None or s.params.allowed_token_ids is not None]
     if not limited:
         return None
-    bits = np.full((bucket.num_rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-    for row, allowed in limited:
-        ids = np.asarray(allowed, np.int64)
-        bits[row] = 0
-        np.bitwise_or.at(bits[row], ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
+    words = -(-vocab_size // 32)
+    bits = np.full((bucket.num_rows, words), 0xFFFFFFFF, np.uint32)
+    for row, sequence in limited:
+        if sequence.params.allowed_token_ids is not None:
+            ids = np.asarray(sequence.params.allowed_token_ids, np.int64)
+            bits[row] = 0
+            np.bitwise_or.at(bits[row], ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
+        if sequence.matcher is not None:
+            bits[row] &= sequence.matcher.allowed[:words]
     return bits
 
 

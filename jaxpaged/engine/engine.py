@@ -19,6 +19,7 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.compilation import Build, traced
 from jaxpaged.engine.detokenizer import Detokenizer
+from jaxpaged.engine.grammar import Grammar, GrammarError
 from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.intake import EMBEDDING, Intake, Prompt
 from jaxpaged.engine.page_map import PageInfo, page_map
@@ -39,6 +40,8 @@ from jaxpaged.outputs import FinishReason, Pooling, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 log = logging.getLogger("jaxpaged")
+
+_NO_TOKEN = "the logits are not finite, or no token is left that structured_outputs and the other parameters allow"
 
 UpdatePolicy = Literal["keep", "recompute", "abort"]
 """What happens to requests under way when the weights change."""
@@ -107,6 +110,10 @@ class Engine:
         """The prompt's token ids as `add_request` would take them, or its RequestError. Any thread may call this."""
         return self._intake.encode(prompt, params)
 
+    def grammar(self, params: SamplingParams) -> Grammar | None:
+        """`structured_outputs` compiled, for `add_request`, or its RequestError. Any thread may call this."""
+        return self._intake.grammar(params)
+
     @property
     def is_sleeping(self) -> bool:
         """True from `sleep` to `wake_up`."""
@@ -128,13 +135,15 @@ class Engine:
         priority: int = 0,
         cache_salt: str | None = None,
         pooling: Pooling | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         """Queue a request. Raises, with nothing queued, RequestError where it can never be served and QueueFullError
         where `max_num_queued_requests` wait already.
 
         `prompt_text` is reported as the prompt of one given as token ids. With `scheduling_policy="priority"` the
         lowest `priority` comes first. Prefixes are shared only among requests with the same `cache_salt`. With a
-        `pooling`, which takes no `params`, the request gets an embedding of the prompt, and no token.
+        `pooling`, which takes no `params`, the request gets an embedding of the prompt, and no token. `grammar` is
+        what `grammar(params)` gave; without it, structured outputs are compiled here.
         """
         params = params or (SamplingParams() if pooling is None else EMBEDDING)
         self._check_room(request_id)
@@ -146,6 +155,7 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
             pooling=pooling,
+            grammar=grammar,
         )
         if params.processor is not None:
             if (placement := self.runner.placement) is not None:
@@ -367,7 +377,8 @@ class Engine:
                 continue  # stopped or aborted while this step was under way
             moved[sequence.request_id] = tracked
             if not healthy[row]:
-                self._finish_all(tracked, "error", "the logits are not finite", sequence)
+                reason = "the logits are not finite" if sequence.matcher is None else _NO_TOKEN
+                self._finish_all(tracked, "error", reason, sequence)
                 continue
             sequence.weight_versions.append(step.param_version)
             try:
@@ -377,6 +388,9 @@ class Engine:
                     self._take_candidates(tracked.beams, sequence, outputs.logprobs, row)
                 else:
                     self._take_token(tracked, sequence, tokens[row], outputs.logprobs, row)
+            except GrammarError as error:
+                self._finish_all(tracked, "error", str(error), sequence)
+                continue
             except Exception as error:  # a defect that this request meets is no reason to end the others
                 log.exception("request %r failed and ends; please report this", sequence.request_id)
                 self._finish_all(tracked, "error", f"{type(error).__name__}: {error}", sequence)
@@ -410,8 +424,12 @@ class Engine:
         stop = detokenizer.append([token])
         if stop is not None:
             return self._finish(tracked, sequence, "stop", stop)
+        if sequence.matcher is not None and sequence.matcher.take(token):
+            return self._finish(tracked, sequence, "stop", None)
         if sequence.num_output_tokens >= sequence.max_tokens:
-            self._finish(tracked, sequence, "length", None)
+            return self._finish(tracked, sequence, "length", None)
+        if sequence.matcher is not None:
+            sequence.matcher.look_ahead()  # the device computes another step meanwhile
 
     def _take_candidates(self, beams: BeamSearch, sequence: Sequence, logprobs: Logprobs, row: int) -> None:
         """Remember what may follow a beam."""

@@ -12,6 +12,7 @@ from typing import get_args
 import numpy as np
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.engine.grammar import Grammar, Grammars
 from jaxpaged.engine.request import Request, Sequence, seed_words
 from jaxpaged.engine.scheduler import LONG_ROPE
 from jaxpaged.engine.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Intake:
         self.eos_token_ids = eos_token_ids
         self.max_model_len = max_model_len
         self._random = random.Random(config.seed)
+        self._grammars = Grammars(tokenizer, eos_token_ids, spec.vocab_size)
 
     def request(
         self,
@@ -57,6 +59,7 @@ class Intake:
         priority: int = 0,
         cache_salt: str | None = None,
         pooling: Pooling | None = None,
+        grammar: Grammar | None = None,
     ) -> Request:
         """A request of as many sequences as completions: the first is to be computed, the others forked from it."""
         if priority != 0 and self.config.scheduling_policy != "priority":
@@ -67,6 +70,8 @@ class Intake:
         if pooling is not None and (pooling not in get_args(Pooling) or params is not EMBEDDING):
             raise RequestError(f"pooling is {pooling!r}; known: {', '.join(get_args(Pooling))}, each without params")
         token_ids = self.encode(prompt, params)
+        eos_token_ids = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        grammar = grammar or self.grammar(params)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         first = Sequence(
             request_id=request_id,
@@ -76,13 +81,14 @@ class Intake:
             token_ids=list(token_ids),
             max_tokens=min(params.max_tokens or self.max_model_len, self.max_model_len - len(token_ids)),
             seed=seed_words(seed, 0),
-            eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
+            eos_token_ids=eos_token_ids,
             bad_words=tuple(self._bad_words(params)),
             salt=_rope_salt(self.spec, len(token_ids)),
             long_after=_long_after(self.spec, len(token_ids)),
             cache_salt=(cache_salt or "").encode(),
             priority=priority,
             pooling=pooling,
+            matcher=None if grammar is None else grammar.matcher(may_end=bool(eos_token_ids)),
         )
         first.forks = [first.fork(index, seed_words(seed, index)) for index in range(1, params.num_completions)]
         text = prompt if isinstance(prompt, str) else prompt_text
@@ -147,6 +153,13 @@ class Intake:
         tokens = self.tokens(prompt, room=self.max_model_len - (params is not EMBEDDING))
         self._check(params)
         return tokens
+
+    def grammar(self, params: SamplingParams) -> Grammar | None:
+        """What the answer must look like, compiled; None where it may look like anything. Any thread may ask.
+
+        Raises RequestError, and QueueFullError where others' forms take too long.
+        """
+        return None if params.form is None else self._grammars.get(params.form)
 
     def tokens(self, prompt: Prompt, *, room: int, add_special_tokens: bool = True) -> list[int]:
         """Token ids of this model, from 1 to `room` of them.

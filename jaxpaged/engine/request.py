@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpaged.engine.grammar import Matcher
 from jaxpaged.outputs import FinishReason, Pooling, RequestMetrics, TokenLogprobs
 from jaxpaged.sampling_params import SamplingParams
 
@@ -59,6 +60,7 @@ class Sequence:
     processor_states: dict[int, Any] = field(default_factory=dict)  # see engine/processors.py
     pooling: Pooling | None = None  # wanted is an embedding, and no token
     hidden_sum: np.ndarray | None = None  # float32 [M], over the tokens computed and read so far that `pooling` takes
+    matcher: Matcher | None = None  # of the form that the answer must have, after the known tokens
 
     draw: np.ndarray | None = field(init=False, default=None)  # temperature, top_k, top_p, min_p, seed; None: greedy
     _needs_history: bool = field(init=False, default=False)
@@ -147,6 +149,7 @@ class Sequence:
             logprobs=list(self.logprobs),
             weight_versions=list(self.weight_versions),
             processor_states=dict(self.processor_states),
+            matcher=None if self.matcher is None else self.matcher.copy(),
         )
 
 
@@ -173,6 +176,7 @@ def needs_history(params: SamplingParams) -> bool:
     """True where a token's logits are changed on the host by the tokens before it."""
     return bool(
         params.bad_words
+        or params.structured_outputs
         or params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0

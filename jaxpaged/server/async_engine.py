@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxpaged.engine.embedding import unit_length
 from jaxpaged.engine.engine import Engine, request_ids
+from jaxpaged.engine.grammar import Grammar
 from jaxpaged.engine.intake import EMBEDDING, Prompt
 from jaxpaged.engine.report import OutputKind
 from jaxpaged.engine.stats import EngineStats
@@ -49,6 +50,7 @@ class NewRequest:
     priority: int = 0
     cache_salt: str | None = None
     pooling: Pooling | None = None  # with `params` EMBEDDING
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class AsyncEngine:
         self._stopping = False
         self._busy_since: float | None = None
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="jaxpaged-encode")
+        self._compilers = ThreadPoolExecutor(16, thread_name_prefix="jaxpaged-grammar")  # one compiles, others wait
         self._thread = threading.Thread(target=self._run, name="jaxpaged-engine", daemon=True)
         self._thread.start()
 
@@ -180,7 +183,10 @@ class AsyncEngine:
         Who stops reading before all have finished calls `discard`.
         """
         self._check_room(len(requests))
-        encoded = [replace(r, prompt_text=_text(r), prompt=await self._encode(r)) for r in requests]
+        encoded = [
+            replace(r, prompt_text=_text(r), prompt=await self._encode(r), grammar=await self._compile(r))
+            for r in requests
+        ]
         self._check_room(len(encoded))  # others may have come meanwhile
         try:
             await asyncio.wrap_future(self._send(lambda engine: self._add(engine, encoded, inbox), len(encoded)))
@@ -268,7 +274,8 @@ class AsyncEngine:
             self._stopping = True
             self._wake.notify()
         self._thread.join(timeout)
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._encoders, self._compilers):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     async def __aenter__(self) -> Self:
         return self
@@ -304,6 +311,13 @@ class AsyncEngine:
         if len(request.prompt) <= _SHORT:
             return self._engine.encode(request.prompt, request.params)
         return await self.offload(self._engine.encode, request.prompt, request.params)
+
+    async def _compile(self, request: NewRequest) -> Grammar | None:
+        """The form that the answer must have; others' prompts are encoded meanwhile."""
+        if request.grammar is not None or request.params.form is None:
+            return request.grammar
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compilers, self._engine.grammar, request.params)
 
     def _send(self, function: Callable[[Engine], T], num_requests: int = 0) -> Future[T]:
         future: Future[T] = Future()
@@ -369,6 +383,7 @@ class AsyncEngine:
                     priority=r.priority,
                     cache_salt=r.cache_salt,
                     pooling=r.pooling,
+                    grammar=r.grammar,
                 )
                 added.append(r.request_id)
         except Exception:

@@ -14,6 +14,7 @@ import msgspec
 from jaxpaged.errors import RequestError
 from jaxpaged.outputs import Pooling
 from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.server.forms import form_of
 
 MAX_N = 128
 MAX_PROMPTS = 1_024
@@ -48,12 +49,6 @@ class Unserved(msgspec.Struct, kw_only=True):
     modalities: Any = None
     prediction: Any = None
     web_search_options: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     use_beam_search: Any = None
     logits_processors: Any = None
     truncate_prompt_tokens: Any = None
@@ -64,7 +59,6 @@ ASKS_NOTHING = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
 }
 """Values of unserved fields that change nothing, besides null, false and what is empty."""
 
@@ -101,6 +95,13 @@ class Generation(Unserved, kw_only=True):
     request_id: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 class CompletionRequest(Generation, kw_only=True):
@@ -216,6 +217,7 @@ def sampling_params(request: Generation, **given: Any) -> SamplingParams:
         fields.pop("stop", None)
     if request.logit_bias:
         fields["logit_bias"] = {_token_id(token): bias for token, bias in request.logit_bias.items()}
+    fields["structured_outputs"] = form_of(request)
     return SamplingParams(**fields | given)
 
 
