@@ -25,7 +25,7 @@ COMMANDS = {
     "plan": Command("jaxpaged.cli.plan", "say whether a model fits so many devices, and what a step would take"),
     "export": Command("jaxpaged.cli.export", "write a model with its compiled steps, to start without tracing"),
     "convert": Command("jaxpaged.convert.__main__", "convert a checkpoint to the native format, or back"),
-    "bench": Command("jaxpaged.cli.bench", "measure where KV memory goes, and draw it"),
+    "bench": Command("jaxpaged.cli.bench", "measure where KV memory goes, or a running server under load"),
 }
 
 

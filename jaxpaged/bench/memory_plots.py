@@ -22,7 +22,7 @@ SHARED = ("#e0673a", "#a3243b")  # by two or three, by more
 EMPTY = "#c9d9ec"  # the part of a held page that holds no token yet
 INK, FAINT = "#22262b", "#6b7280"
 
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -37,7 +37,7 @@ _STYLE = {
 
 def waste_over_time(runs: Mapping[str, Run], title: str, path: Path) -> None:
     """For each way to give memory away a panel: the shares that hold tokens, hold none, and are free, step by step."""
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(
             len(runs), 1, figsize=(9, 1.75 * len(runs) + 1), sharey=True, layout="constrained"
         )
@@ -61,12 +61,12 @@ def waste_over_time(runs: Mapping[str, Run], title: str, path: Path) -> None:
         panels[-1].set_xlabel("step, while requests wait")
         names = {TOKENS: "holds a token", WASTE: "held, holds none", FREE: "free"}
         _legend(figure, names)
-        _save(figure, path)
+        save(figure, path)
 
 
 def sharing(saved: Mapping[str, Mapping[int, float]], title: str, path: Path) -> None:
     """A group of bars for each number of completions or beams: the memory that sharing spares. {kind: {n: share}}"""
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         colors = (TOKENS, WASTE)
@@ -82,7 +82,7 @@ def sharing(saved: Mapping[str, Mapping[int, float]], title: str, path: Path) ->
         axes.set_ylim(0, 1)
         axes.tick_params(length=0)
         axes.legend(frameon=False, loc="upper left", ncols=len(saved))
-        _save(figure, path)
+        save(figure, path)
 
 
 def page_map(pages: Sequence[PageInfo], page_size: int, title: str, path: Path) -> None:
@@ -105,7 +105,7 @@ def page_map(pages: Sequence[PageInfo], page_size: int, title: str, path: Path) 
         cells[EMPTY if page.state == "held" else FREE].append(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88))
         if color != FREE:
             cells[color].append(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88 * page.num_tokens / page_size))
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(9, 8.7 * rows / columns + 1), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         for color, patches in cells.items():
@@ -113,7 +113,7 @@ def page_map(pages: Sequence[PageInfo], page_size: int, title: str, path: Path) 
         axes.set(xlim=(0, columns), ylim=(0, rows), aspect="equal")
         axes.axis("off")
         _legend(figure, {color: f"{name}: {counts[color]:,}" for color, name in kinds.items()})
-        _save(figure, path)
+        save(figure, path)
 
 
 def _color(page: PageInfo) -> str:
@@ -131,6 +131,7 @@ def _legend(figure: Any, names: Mapping[str, str]) -> None:
     figure.legend(handles=patches, loc="outside lower left", ncols=3, frameon=False, fontsize=9, handlelength=1)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write the picture and let go of it."""
     figure.savefig(path, facecolor="white")
     pyplot.close(figure)

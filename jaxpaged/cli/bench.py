@@ -1,4 +1,4 @@
-"""`jaxpaged bench`: measurements that need nothing but the package. `memory` draws where KV memory goes."""
+"""`jaxpaged bench`: measurements that need nothing but the package, of where KV memory goes and of a running server."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from jaxpaged.cli import bench_serve
 from jaxpaged.errors import ConfigError
 
 NUM_SHARING = (2, 4, 6)
@@ -30,9 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--output-dir", type=Path, default=Path(), help="where the three PNG go (default: here)", metavar="DIR"
     )
+    bench_serve.add_arguments(kinds.add_parser("serve", help=bench_serve.ABOUT, description=bench_serve.ABOUT))
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure what was asked for."""
+    return _memory(args) if args.kind == "memory" else bench_serve.run(args)
+
+
+def _memory(args: argparse.Namespace) -> int:
     """Measure, say it in a table, draw it. Raises ConfigError where matplotlib is missing."""
     if find_spec("matplotlib") is None:
         raise ConfigError("matplotlib is not installed; pip install 'jaxpaged[plot]'")
