@@ -13,11 +13,12 @@ falls between two to the last bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxpaged.kernels.forward_only import forward_only
 from jaxpaged.kernels.tiles import current_device
@@ -35,6 +36,7 @@ def draw(
     top_k: Int[Array, " R"],
     top_p: Float[Array, " R"],
     min_p: Float[Array, " R"],
+    num_shards: int = 1,
     backend: Backend = "auto",
     interpret: bool = False,
     block: int | None = None,
@@ -43,8 +45,9 @@ def draw(
     """The token of each row at which the cumulative probability passes `uniform`, of [0, 1).
 
     Neutral values: temperature 1, top_k V, top_p 1, min_p 0. Rows of temperature 0 are not drawn and give 0, rows
-    without a finite number any token. `block`, a power of two, and `num_warps` cut the kernel's work. The gradient is
-    refused; float32 inside.
+    without a finite number any token. Where the vocabulary lies in `num_shards` equal parts on different devices, the
+    reference moves a number for each 128 tokens and no logits. `block`, a power of two, and `num_warps` cut the
+    kernel's work. The gradient is refused; float32 inside.
     """
     backend = choose(backend, interpret=interpret)
     if block is None:  # what spills no register: rows that are not aligned are loaded number by number
@@ -56,7 +59,7 @@ def draw(
         scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         floor = jnp.where(min_p > 0, jnp.log(jnp.maximum(min_p, 1e-38)), -jnp.inf)
         if backend == "reference":
-            tokens = _reference(scaled, uniform, floor, top_k, top_p)
+            tokens = _reference(scaled, uniform, floor, top_k, top_p, num_shards)
             return jnp.where(temperature > 0, tokens, 0)
         from jaxpaged.kernels import triton_sampling  # Pallas is slow to import
 
@@ -85,13 +88,27 @@ def _reference(
     floor: Float[Array, " R"],
     top_k: Int[Array, " R"],
     top_p: Float[Array, " R"],
+    num_shards: int,
 ) -> Int[Array, " R"]:
     x = x - jnp.max(x, -1, keepdims=True)  # the likeliest is at 0
-    x = _keep(x, floor)
-    # What no row asks for is skipped at run time.
-    x = lax.cond(jnp.any(top_k < x.shape[1]), lambda x: _keep(x, kth_largest(x, top_k)), lambda x: x, x)
-    x = lax.cond(jnp.any(top_p < 1), lambda x: _keep(x, nucleus(x, top_p)), lambda x: x, x)
-    return invert(jnp.exp(x), uniform)
+    bound = _tighter(x, floor, jnp.any(top_k < x.shape[1]), kth_largest, top_k)
+    bound = _tighter(x, bound, jnp.any(top_p < 1), nucleus, top_p)
+    return invert(jnp.exp(_keep(x, bound)), uniform, num_shards)
+
+
+def _tighter(
+    x: Float[Array, "R V"],
+    bound: Float[Array, " R"],
+    is_limited: Bool[Array, ""],
+    find: Callable[[Array, Array], Array],
+    limit: Array,
+) -> Float[Array, " R"]:
+    """What `find` says of what the bound keeps, or the bound; skipped at run time where no row is limited.
+
+    The branches give bounds and not logits: those would be gathered there where they lie on several devices.
+    """
+    found = lax.cond(is_limited, lambda x, b, limit: find(_keep(x, b), limit), lambda x, b, _: b, x, bound, limit)
+    return jnp.maximum(bound, found)
 
 
 def _keep(x: Float[Array, "R V"], smallest: Float[Array, " R"]) -> Float[Array, "R V"]:
@@ -130,17 +147,23 @@ def _bisect(x: Float[Array, "R V"], enough) -> Float[Array, " R"]:  # type: igno
     return lax.bitcast_convert_type(good | jnp.uint32(0x80000000), jnp.float32)
 
 
-def invert(weights: Float[Array, "R V"], uniform: Float[Array, " R"]) -> Int[Array, " R"]:
-    """The token at which the cumulative sum of `weights` passes uniform x total; one with weight 0 is never drawn."""
+def invert(weights: Float[Array, "R V"], uniform: Float[Array, " R"], num_shards: int = 1) -> Int[Array, " R"]:
+    """The token at which the cumulative sum of `weights` passes uniform x total; one with weight 0 is never drawn.
+
+    No block of the sum holds tokens of two shards: blocks of both would move the whole row.
+    """
     num_rows, vocab = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(num_rows, -1, _BLOCK)
+    size = vocab // num_shards
+    parts = jnp.pad(weights.reshape(num_rows, num_shards, size), ((0, 0), (0, 0), (0, -size % _BLOCK)))
+    blocks = parts.reshape(num_rows, -1, _BLOCK)
     shares = blocks.sum(-1)
     sums = jnp.cumsum(shares, -1)
     target = uniform * sums[:, -1]
     block = _first_above(sums, target, shares)
     before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
-    return block * _BLOCK + _first_above(jnp.cumsum(inside, -1), target - before, inside)
+    shard, block = jnp.divmod(block, parts.shape[2] // _BLOCK)
+    return shard * size + block * _BLOCK + _first_above(jnp.cumsum(inside, -1), target - before, inside)
 
 
 def _first_above(sums: Float[Array, "R N"], target: Float[Array, " R"], added: Float[Array, "R N"]) -> Int[Array, " R"]:

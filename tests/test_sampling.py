@@ -17,7 +17,7 @@ sample = jax.jit(sampling.sample)
 edit = jax.jit(sampling.edit)
 restrict = jax.jit(sampling.restrict)
 logprobs_of = jax.jit(sampling.logprobs_of)
-invert = jax.jit(kernel.invert)
+invert = jax.jit(kernel.invert, static_argnames="num_shards")
 
 
 def inputs(rows: int, vocab: int, **given: object) -> SamplingInputs:
@@ -194,6 +194,14 @@ def test_either_end_of_the_unit_interval_draws_a_possible_token(uniform: float) 
     weights[0, [130, 131, 290]] = 1.0
     token = invert(weights, np.asarray([uniform], np.float32))
     assert token[0] == {0.0: 130, 0.5: 131}.get(uniform, 290)
+
+
+@pytest.mark.parametrize("num_shards", [2, 3, 6])
+def test_a_vocabulary_in_parts_is_drawn_from_as_a_whole_one(num_shards: int) -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 3, (500, 780)).astype(np.float32)  # sums of whole numbers are exact in any order
+    uniform = rng.random(500, np.float32)
+    np.testing.assert_array_equal(invert(weights, uniform, num_shards=num_shards), invert(weights, uniform))
 
 
 # Greedy

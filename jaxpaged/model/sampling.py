@@ -94,7 +94,7 @@ def sample(
     tokens = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
     greedy = jnp.min(jnp.where(logits >= top[:, None], tokens, logits.shape[1] - 1), -1)
     is_random = inputs.temperature > 0
-    random = partial(_drawn, backend=backend)
+    random = partial(_drawn, backend=backend, num_shards=1 if placement is None else placement.num_shards("vocab"))
     if backend == "reference":
         drawn = lax.cond(jnp.any(is_random), random, lambda *_: greedy, logits, inputs)
     else:  # the kernel skips greedy rows by itself; a condition would make the host wait
@@ -171,7 +171,7 @@ def logprobs_in_blocks(
     return logprobs_of(logits, targets, batch_invariant=True)
 
 
-def _drawn(logits: Float[Array, "R V"], inputs: SamplingInputs, backend: Backend = "auto") -> Int[Array, " R"]:
+def _drawn(logits: Float[Array, "R V"], inputs: SamplingInputs, backend: Backend, num_shards: int) -> Int[Array, " R"]:
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(inputs.seeds, impl="threefry2x32"), inputs.positions)
     return draw(
         logits,
@@ -180,5 +180,6 @@ def _drawn(logits: Float[Array, "R V"], inputs: SamplingInputs, backend: Backend
         top_k=inputs.top_k,
         top_p=inputs.top_p,
         min_p=inputs.min_p,
+        num_shards=num_shards,
         backend=backend,
     )

@@ -1,0 +1,41 @@
+"""What a compiled program moves between devices, read from its HLO: which collectives there are, and of what arrays."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%\S+ = (.*?) ({_KINDS})(-start)?\(", re.MULTILINE)
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+
+
+class Moved(NamedTuple):
+    """One array that one collective gives."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Its numbers."""
+        return math.prod(self.shape)
+
+
+def moved(text: str) -> Counter[Moved]:
+    """Every array that a collective gives, and how often; XLA may have joined several collectives into one."""
+    found: Counter[Moved] = Counter()
+    for result, kind, start in _COLLECTIVE.findall(text):
+        arrays = [Moved(kind, dtype, _shape(dims)) for dtype, dims in _ARRAY.findall(result)]
+        if start and (kind != "all-reduce" or result.startswith("((")):  # gives what it was given, too, and flags
+            given = [a for a in arrays if a.dtype != "u32"]
+            arrays = given[len(given) // 2 :]
+        found.update(arrays)
+    return found
+
+
+def _shape(dims: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in dims.split(",") if n)
