@@ -25,9 +25,9 @@ test-slow: $(VENV)/.dev ## the tests that `make test` leaves out
 
 AOT ?= .venv-aot
 ONLY ?=
-test-aot: ## compile the kernels for NVIDIA GPUs that are not here, and look at what came out
+test-aot: ## compile kernels and steps for NVIDIA GPUs that are not here, and look at what came out
 	$(MAKE) VENV=$(AOT) $(AOT)/.aot
-	$(AOT)/bin/python -m pytest tests/test_kernels_aot.py -k "$(ONLY)"
+	$(AOT)/bin/python -m pytest tests/test_kernels_aot.py tests/test_sharding_aot.py -k "$(ONLY)"
 
 # On the machine's own python3: its JAX and torch are what the GPU came with. GPU_OPTIONS=--small tries it on a CPU.
 GPU_PYTHON ?= python3

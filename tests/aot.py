@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no driver is lo
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Without the three versions XLA believes in an old driver, and leaves cuBLAS and custom calls out of command buffers.
 _TARGET = """
@@ -104,11 +104,10 @@ def compile_for(
     gpu: str, function: Callable[..., Any], *args: Any, dump: Path, donate: tuple[int, ...] = ()
 ) -> Program:
     """`function` compiled for `gpu` with arguments of these shapes; `dump` is an empty folder."""
-    topology = _topology(gpu)
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    one = mesh(gpu, 1, "x")
+    everywhere = NamedSharding(one, PartitionSpec())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), args)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(one.abstract_mesh):
         lowered = jax.jit(function, donate_argnums=donate).lower(*shapes)
     options = {"xla_dump_to": str(dump), "xla_dump_emitter_re": "ptx"}
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)  # Mosaic compiles for itself, and looks here each time
@@ -120,8 +119,11 @@ def compile_for(
 
 
 @functools.cache
-def _topology(gpu: str) -> Any:
-    return topologies.get_topology_desc(platform="cuda", target_config=_TARGET.format(**_GPUS[gpu]), topology="1x1x1")
+def mesh(gpu: str, num_devices: int, axis: str) -> Mesh:
+    """So many of these GPUs in one host, along one axis."""
+    target, topology = _TARGET.format(**_GPUS[gpu]), f"1x1x{num_devices}"
+    found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology)
+    return topologies.make_mesh(found, (num_devices,), (axis,))
 
 
 @functools.cache
