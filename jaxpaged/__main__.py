@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": Command("jaxpaged.cli.chat", "talk with a model in the terminal"),
     "serve": Command("jaxpaged.cli.serve", "serve a model through an OpenAI-compatible HTTP API"),
     "plan": Command("jaxpaged.cli.plan", "say whether a model fits so many devices, and what a step would take"),
+    "run-batch": Command("jaxpaged.cli.run_batch", "answer the lines of an OpenAI batch file"),
     "export": Command("jaxpaged.cli.export", "write a model with its compiled steps, to start without tracing"),
     "convert": Command("jaxpaged.convert.__main__", "convert a checkpoint to the native format, or back"),
     "bench": Command("jaxpaged.cli.bench", "measure where KV memory goes, or a running server under load"),
