@@ -21,6 +21,7 @@ class EngineConfig(Settings):
     page_size                     tokens of one KV page
     num_pages                     pages of the pool, the null page included; None: as many as the memory allows
     tensor_parallel_size          devices over which each layer is cut (LLM's `mesh` says more)
+    data_parallel_size            shards over which sequences and pages are split; limits and `num_pages` are each one's
     memory_utilization            share of the device's memory that weights and pool may take
     max_model_len                 most tokens of one sequence, prompt and answer; None: what the model was made for
     max_num_seqs                  most sequences computed in one step
@@ -44,6 +45,7 @@ class EngineConfig(Settings):
     page_size: int = 16
     num_pages: int | None = None
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     memory_utilization: float = 0.9
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -68,6 +70,7 @@ class EngineConfig(Settings):
         self._check_float("host_cache_gb", 0)
         self._check_int("max_num_seqs", 1)
         self._check_int("tensor_parallel_size", 1)
+        self._check_int("data_parallel_size", 1)
         self._check_int("seed")
         at_least_one = ("max_model_len", "max_num_batched_tokens", "long_prefill_token_threshold")
         limits = (*at_least_one, "max_num_partial_prefills", "max_num_queued_requests")

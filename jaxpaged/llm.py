@@ -22,7 +22,7 @@ from jaxpaged.engine.report import OutputKind
 from jaxpaged.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxpaged.errors import CheckpointError, ConfigError, RequestError
 from jaxpaged.model.params import Params
-from jaxpaged.model.sharding import Placement, ShardingRules, tensor_parallel
+from jaxpaged.model.sharding import Placement, ShardingRules, parallel
 from jaxpaged.model.spec import Decoder
 from jaxpaged.outputs import Pooling, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
@@ -50,12 +50,12 @@ class LLM:
 
         `tokenizer` is a folder or a `Tokenizer` where the model's own is not meant; `dtype` is the weights' (auto,
         float32, bfloat16, float16). `mesh` holds the devices to run on and `sharding_rules` say what is cut along which
-        of its axes; `tensor_parallel_size` among the settings makes a mesh of so many devices. `settings` are the
-        fields of `EngineConfig`, which may be given whole instead. `build` is `from_export`'s. Raises CheckpointError
-        and ConfigError, each with what to do.
+        of its axes; `tensor_parallel_size` and `data_parallel_size` among the settings make a mesh of so many devices.
+        `settings` are the fields of `EngineConfig`, which may be given whole instead. `build` is `from_export`'s.
+        Raises CheckpointError and ConfigError, each with what to do.
         """
         config = config or EngineConfig(**settings)
-        placement = _placement(mesh, sharding_rules, config.tensor_parallel_size)
+        placement = _placement(mesh, sharding_rules, config)
         eos_token_ids: frozenset[int] = frozenset()
         if isinstance(model, tuple):
             spec, params = model
@@ -266,13 +266,12 @@ def _eos_of(config: Mapping[str, Any]) -> frozenset[int]:
     return frozenset([named] if isinstance(named, int) else named)
 
 
-def _placement(mesh: Mesh | None, rules: ShardingRules | None, tensor_parallel_size: int) -> Placement | None:
+def _placement(mesh: Mesh | None, rules: ShardingRules | None, config: EngineConfig) -> Placement | None:
     """Where the model is to lie; None: on the default device."""
+    sizes = {name: getattr(config, name) for name in ("tensor_parallel_size", "data_parallel_size")}
+    asked = " and ".join(f"{name} is {size}" for name, size in sizes.items() if size != 1)
     if mesh is None:
-        return None if tensor_parallel_size == 1 else tensor_parallel(tensor_parallel_size, rules)
-    if tensor_parallel_size != 1:
-        raise ConfigError(
-            f"a mesh of {mesh.devices.size} devices was given and tensor_parallel_size is {tensor_parallel_size}; "
-            "leave one of them out"
-        )
+        return parallel(config.tensor_parallel_size, config.data_parallel_size, rules) if asked else None
+    if asked:
+        raise ConfigError(f"a mesh of {mesh.devices.size} devices was given and {asked}; leave one of them out")
     return Placement(mesh, rules or ShardingRules())

@@ -41,13 +41,15 @@ def draw(
     interpret: bool = False,
     block: int | None = None,
     num_warps: int = 16,
+    are_limited: tuple[Bool[Array, ""], Bool[Array, ""]] | None = None,
 ) -> Int[Array, " R"]:
     """The token of each row at which the cumulative probability passes `uniform`, of [0, 1).
 
     Neutral values: temperature 1, top_k V, top_p 1, min_p 0. Rows of temperature 0 are not drawn and give 0, rows
     without a finite number any token. Where the vocabulary lies in `num_shards` equal parts on different devices, the
     reference moves a number for each 128 tokens and no logits. `block`, a power of two, and `num_warps` cut the
-    kernel's work. The gradient is refused; float32 inside.
+    kernel's work. `are_limited` says whether the reference must look at top_k and top_p, None: the rows themselves say
+    it. The gradient is refused; float32 inside.
     """
     backend = choose(backend, interpret=interpret)
     if block is None:  # what spills no register: rows that are not aligned are loaded number by number
@@ -59,7 +61,8 @@ def draw(
         scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         floor = jnp.where(min_p > 0, jnp.log(jnp.maximum(min_p, 1e-38)), -jnp.inf)
         if backend == "reference":
-            tokens = _reference(scaled, uniform, floor, top_k, top_p, num_shards)
+            limited = are_limited or (jnp.any(top_k < logits.shape[1]), jnp.any(top_p < 1))
+            tokens = _reference(scaled, uniform, floor, top_k, top_p, limited, num_shards)
             return jnp.where(temperature > 0, tokens, 0)
         from jaxpaged.kernels import triton_sampling  # Pallas is slow to import
 
@@ -88,11 +91,12 @@ def _reference(
     floor: Float[Array, " R"],
     top_k: Int[Array, " R"],
     top_p: Float[Array, " R"],
+    limited: tuple[Bool[Array, ""], Bool[Array, ""]],
     num_shards: int,
 ) -> Int[Array, " R"]:
     x = x - jnp.max(x, -1, keepdims=True)  # the likeliest is at 0
-    bound = _tighter(x, floor, jnp.any(top_k < x.shape[1]), kth_largest, top_k)
-    bound = _tighter(x, bound, jnp.any(top_p < 1), nucleus, top_p)
+    bound = _tighter(x, floor, limited[0], kth_largest, top_k)
+    bound = _tighter(x, bound, limited[1], nucleus, top_p)
     return invert(jnp.exp(_keep(x, bound)), uniform, num_shards)
 
 

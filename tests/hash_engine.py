@@ -251,7 +251,7 @@ class HashEngine:
     # A step
 
     def _dispatch(self, plan: Plan, before: InFlight | None) -> InFlight:
-        bucket = batch.choose(plan, self.buckets)
+        bucket = batch.choose([plan], self.buckets)
         feedback = {chunk.sequence: row for row, chunk in before.rows if chunk.samples} if before else {}
         size, pages = self.pool.page_size, self.pool.num_pages
         for moved in batch.pack_moves_out(plan):

@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read from its HLO: which collectives there are, and of what arrays."""
+"""What a compiled program moves between devices, read from its HLO: which collectives, of what arrays, among whom."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
+
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%\S+ = (.*?) ({_KINDS})(-start)?\(", re.MULTILINE)
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)+)\}")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 
 
@@ -34,6 +38,18 @@ def moved(text: str) -> Counter[Moved]:
             given = [a for a in arrays if a.dtype != "u32"]
             arrays = given[len(given) // 2 :]
         found.update(arrays)
+    return found
+
+
+def groups(text: str) -> list[list[int]]:
+    """Devices that some collective lets talk with each other; a permutation's pairs count as groups."""
+    found = []
+    for shape, order, axes in _IOTA.findall(text):
+        ids = np.arange(math.prod(_shape(order))).reshape(_shape(order))
+        ids = ids.transpose(_shape(axes)) if axes else ids
+        found += ids.reshape(_shape(shape)).tolist()
+    for listed in _LISTED.findall(text):
+        found += [list(_shape(group)) for group in re.findall(r"\{([\d,]+)\}", listed)]
     return found
 
 

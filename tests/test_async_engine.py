@@ -105,7 +105,7 @@ def test_discarded_request_is_gone_before_the_next_step(engine):
         await engine.submit([NewRequest("d", PROMPTS[3], LONG, "delta")], inbox)
         await inbox.get()
         engine.discard(["d"], inbox)
-        return await engine.call(lambda e: (len(e.scheduler.running), e.pool.num_held))
+        return await engine.call(lambda e: (e.shards.num_running, e.stats().pages_held))
 
     assert asyncio.run(run()) == (0, 0)
 
@@ -180,7 +180,7 @@ def test_abort_ends_with_a_last_output_even_while_paused(engine):
     async def run():
         generator = engine.generate(PROMPTS[0], LONG, "a", output_kind="final")
         waiting = asyncio.create_task(anext(generator))
-        while not await engine.call(lambda e: e.scheduler.running):
+        while not await engine.call(lambda e: e.shards.num_running):
             await asyncio.sleep(0)
         await engine.pause()
         known = await engine.abort("a"), await engine.abort("nobody")

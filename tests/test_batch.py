@@ -77,7 +77,7 @@ def test_every_plan_within_the_limits_has_a_bucket(max_num_seqs: int, budget: in
             for tokens in {2 * chunks, budget - decodes} if chunks else {0}:
                 lengths = [2] * (chunks - 1) + [tokens - 2 * (chunks - 1)] * (chunks > 0)
                 plan = Plan([Chunk(None, 5, 1, True)] * decodes, [Chunk(None, 0, n, True) for n in lengths])
-                bucket = batch.choose(plan, buckets)
+                bucket = batch.choose([plan], buckets)
                 assert bucket.num_decodes >= decodes
                 assert bucket.num_chunks >= chunks
                 assert bucket.num_chunk_tokens >= tokens
@@ -93,7 +93,7 @@ def test_buckets_are_few_and_no_larger_than_the_limits(max_num_seqs: int, budget
 
 @pytest.mark.parametrize("running", [1, 4, 5, 33, 64])
 def test_a_plan_of_decodes_alone_computes_no_chunk_and_at_most_four_times_its_rows(running: int) -> None:
-    bucket = batch.choose(Plan([Chunk(None, 5, 1, True)] * running, []), batch.make_buckets(64, 512))
+    bucket = batch.choose([Plan([Chunk(None, 5, 1, True)] * running, [])], batch.make_buckets(64, 512))
     assert bucket.num_tokens == bucket.num_decodes <= 4 * running
 
 
@@ -101,7 +101,7 @@ def test_a_plan_of_decodes_alone_computes_no_chunk_and_at_most_four_times_its_ro
 def test_on_a_gpu_a_lone_decode_is_computed_as_four_rows(max_num_seqs: int) -> None:
     buckets = batch.make_buckets(max_num_seqs, 512, fewest_decodes=4)
     lone = Plan([Chunk(None, 5, 1, True)], [])
-    assert batch.choose(lone, buckets) == Bucket(4, 0, 0)
+    assert batch.choose([lone], buckets) == Bucket(4, 0, 0)
     assert len(buckets) == len(set(buckets))
 
 
@@ -155,7 +155,7 @@ def test_forks_take_rows_behind_the_decodes_and_the_logits_of_what_they_fork_fro
 def test_a_plan_with_forks_takes_a_bucket_with_rows_for_them() -> None:
     chunk = Chunk(None, 0, 3, True)
     plan = Plan([Chunk(None, 5, 1, True)], [chunk], [Fork(None, chunk)] * 3)
-    assert batch.choose(plan, [Bucket(0, 64, 4), Bucket(3, 64, 4), Bucket(4, 64, 4)]) == Bucket(4, 64, 4)
+    assert batch.choose([plan], [Bucket(0, 64, 4), Bucket(3, 64, 4), Bucket(4, 64, 4)]) == Bucket(4, 64, 4)
 
 
 @pytest.mark.parametrize("num_copies", [0, 1, batch.COPIES_PER_CALL, batch.COPIES_PER_CALL + 1])

@@ -152,7 +152,7 @@ def test_beams_share_the_pages_of_what_they_have_in_common() -> None:
         engine.step()
         most = max(most, engine.stats().pages_held)
     assert most <= 4 + 6 * 3  # 4 pages of the prompt once, at most 3 of its own for each beam
-    assert engine.scheduler.num_preemptions == 0
+    assert engine.stats().num_preemptions == 0
 
 
 def test_a_temperature_flattens_what_is_scored() -> None:

@@ -50,13 +50,14 @@ def run(engine: Engine) -> dict[str, list[list[int]]]:
 def watched(engine: Engine) -> list[Plan]:
     """The plans that it will make."""
     plans: list[Plan] = []
-    schedule = engine.scheduler.schedule
+    (shard,) = engine.shards
+    schedule = shard.scheduler.schedule
 
     def watched_schedule() -> Plan:
         plans.append(schedule())
         return plans[-1]
 
-    engine.scheduler.schedule = watched_schedule
+    shard.scheduler.schedule = watched_schedule
     return plans
 
 
@@ -219,7 +220,7 @@ def test_pages_that_no_window_reaches_are_given_back_and_nobody_misses_them(
     done = {}
     while engine.has_unfinished:
         done |= {o.request_id: o.outputs[-1].token_ids for o in engine.step() if o.finished}
-        held = [sum(page != 0 for page in s.pages) for s in engine.scheduler.running]
+        held = [sum(page != 0 for page in s.pages) for shard in engine.shards for s in shard.scheduler.running]
         most_held = max(most_held, *held, 0)
     assert engine.stats().pages_held == 0
     chunk = settings.get("max_num_batched_tokens", 32)

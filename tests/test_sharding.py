@@ -18,7 +18,7 @@ from jaxpaged.errors import ConfigError
 from jaxpaged.model.decoder import apply
 from jaxpaged.model.head_layout import fit_heads, fit_leaf, head_layout
 from jaxpaged.model.params import dummy_params, flatten, map_specs, param_specs
-from jaxpaged.model.sharding import Placement, ShardingRules, tensor_parallel
+from jaxpaged.model.sharding import Placement, ShardingRules, parallel
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
 
 RMS, LAYER = Norm("rms", 1e-5), Norm("layer", 1e-5)
@@ -175,14 +175,14 @@ def test_fitted_weights_compute_the_same_as_those_they_were_made_from():
 
 
 REFUSED = [
-    (lambda: tensor_parallel(9), "tensor_parallel_size is 9 but JAX sees 8 cpu device"),
+    (lambda: parallel(9), "tensor_parallel_size is 9 but JAX sees 8 cpu device"),
     (
-        lambda: tensor_parallel(3).fit(llama(9, 3)),
+        lambda: parallel(3).fit(llama(9, 3)),
         r"vocab is 64 \(embed.w\), which the 3 .* take 2 or 4 devices",
     ),
     (lambda: Placement(Mesh(np.asarray(jax.devices()[:2]), ("x",))), r"ShardingRules.on\('x'\)"),
-    (lambda: tensor_parallel(2, ShardingRules(kv_heads=None)), "name one axis for both"),
-    (lambda: tensor_parallel(2, ShardingRules(embed="model")).fit(llama()), "cut vocab and embed along .*'model'"),
+    (lambda: parallel(2, rules=ShardingRules(kv_heads=None)), "name one axis for both"),
+    (lambda: parallel(2, rules=ShardingRules(embed="model")).fit(llama()), "cut vocab and embed along .*'model'"),
 ]
 
 

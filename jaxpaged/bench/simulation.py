@@ -116,7 +116,7 @@ class Simulation:
         start = time.perf_counter()
         plan = self.scheduler.schedule()
         planned = time.perf_counter()
-        bucket = batch.choose(plan, self.buckets)
+        bucket = batch.choose([plan], self.buckets)
         feedback = {sequence: row for row, sequence in enumerate(sampled(before))}
         size, pages = self.pool.page_size, self.pool.num_pages
         batch.pack(plan, bucket, feedback, max_pages=self.max_pages, page_size=size, num_pages=pages)

@@ -16,6 +16,7 @@ from jaxpaged.model.step import StepInputs
 EDITS_PER_CALL = 4096
 COPIES_PER_CALL = 32  # pages that lie beside the pool for a moment, over all layers
 MOVES_PER_CALL = 8  # pages on their way to or from the host together: one alone takes as long
+PROMPT_ROWS = 64  # prompt tokens whose logprobs one call computes
 _SMALL_CHUNKS = 4  # chunks a step with few chunk tokens may hold
 _CHUNKS = 16
 
@@ -38,17 +39,30 @@ class Bucket(NamedTuple):
         return self.num_decodes + self.num_chunks
 
 
+class PromptPiece(NamedTuple):
+    """Prompt tokens at positions start .. start + num_rows of a sequence, and the step's rows that tell of them."""
+
+    sequence: TokenSequence
+    start: int
+    num_rows: int
+    rows: np.ndarray  # int32 [PROMPT_ROWS]
+    targets: np.ndarray
+
+
 def max_chunks(max_num_seqs: int) -> int:
     """Chunks that one step holds at most."""
     return min(_CHUNKS, max_num_seqs)
 
 
-def make_buckets(max_num_seqs: int, max_num_batched_tokens: int, *, fewest_decodes: int = 1) -> list[Bucket]:
+def make_buckets(
+    max_num_seqs: int, max_num_batched_tokens: int, *, fewest_decodes: int = 1, num_shards: int = 1
+) -> list[Bucket]:
     """The shapes worth compiling, smallest first: few, because each takes seconds to compile.
 
     Steps that only decode come in 1, 4, 16, doublings and the middles between those from 16 to 64 (without them 64
     requests of mixed lengths took 5 % longer on a CPU); steps with chunks have either no decode row or all of them, and
-    64, 192, 512, ... chunk tokens. None that only decodes has fewer rows than `fewest_decodes`.
+    64, 192, 512, ... chunk tokens. None that only decodes has fewer rows than `fewest_decodes`. All data shards take
+    one bucket: of `num_shards`, one may decode while another computes a chunk.
     """
     rows = {n for n in (1, 4, 16, 24, 32, 48, 64, 128, 256, 512, 1024) if n < max_num_seqs} | {max_num_seqs}
     rows = {max(n, fewest_decodes) for n in rows}
@@ -59,14 +73,15 @@ def make_buckets(max_num_seqs: int, max_num_batched_tokens: int, *, fewest_decod
         is_small = size <= 64 and size < max_num_batched_tokens  # the largest must hold as many chunks as there may be
         chunks = min(_SMALL_CHUNKS, max_num_seqs) if is_small else max_chunks(max_num_seqs)
         mixed += [Bucket(n, size, chunks) for n in (0, max_num_seqs)]
-    if max_num_seqs == 1:
+    if max_num_seqs == num_shards == 1:
         mixed = [b for b in mixed if b.num_decodes == 0]
     return sorted(decode + mixed, key=lambda b: b.num_tokens)
 
 
-def choose(plan: Plan, buckets: Sequence[Bucket]) -> Bucket:
-    """The smallest bucket that holds the plan, forks in rows of decodes. The scheduler's limits leave one that does."""
-    decodes, tokens, chunks = len(plan.decodes) + len(plan.forks), plan.num_chunk_tokens, len(plan.chunks)
+def choose(plans: Sequence[Plan], buckets: Sequence[Bucket]) -> Bucket:
+    """The smallest bucket that holds each of the plans, forks in rows of decodes. The scheduler's limits leave one."""
+    decodes = max(len(plan.decodes) + len(plan.forks) for plan in plans)
+    tokens, chunks = max(plan.num_chunk_tokens for plan in plans), max(len(plan.chunks) for plan in plans)
     return next(
         b for b in buckets if b.num_decodes >= decodes and b.num_chunk_tokens >= tokens and b.num_chunks >= chunks
     )
@@ -141,6 +156,11 @@ def pack_copies(plan: Plan, num_pages: int) -> Iterator[tuple[np.ndarray, np.nda
     return _in_pieces(plan.copies, COPIES_PER_CALL, (0, num_pages))
 
 
+def no_copies(num_pages: int) -> tuple[np.ndarray, np.ndarray]:
+    """A piece that copies nothing."""
+    return _full(COPIES_PER_CALL, 0), _full(COPIES_PER_CALL, num_pages)
+
+
 def pack_moves_out(plan: Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pages and host slots in pieces of `MOVES_PER_CALL`, the last one padded with slots -1."""
     return _in_pieces(plan.moves_out, MOVES_PER_CALL, (0, -1))
@@ -189,6 +209,20 @@ def pack_score_temperature(plan: Plan, bucket: Bucket) -> np.ndarray | None:
     return temperature
 
 
+def prompt_pieces(plan: Plan, bucket: Bucket) -> Iterator[PromptPiece]:
+    """What is to be computed of prompt logprobs: the tokens that follow the plan's, where a request wants theirs."""
+    for _, first, (sequence, start, length, _) in tokens_of(plan, bucket):
+        if sequence.params.prompt_logprobs is None:
+            continue
+        end = min(start + length, sequence.prompt_len - 1)
+        for begin in range(start, end, PROMPT_ROWS):
+            count = min(PROMPT_ROWS, end - begin)
+            rows, targets = np.zeros((2, PROMPT_ROWS), np.int32)
+            rows[:count] = first + np.arange(begin - start, begin - start + count)
+            targets[:count] = sequence.token_ids[begin + 1 : begin + 1 + count]
+            yield PromptPiece(sequence, begin + 1, count, rows, targets)
+
+
 def pack_edits(edits: Mapping[int, RowEdits], num_rows: int) -> Iterator[Edits]:
     """All rows' edits in pieces of `EDITS_PER_CALL`, the last one padded with a row past the end."""
     if not edits:
@@ -197,15 +231,20 @@ def pack_edits(edits: Mapping[int, RowEdits], num_rows: int) -> Iterator[Edits]:
     tokens, factor, add = (np.concatenate(parts) for parts in zip(*edits.values(), strict=True))
     for begin in range(0, len(row), EDITS_PER_CALL):
         size = min(EDITS_PER_CALL, len(row) - begin)
-        padded = Edits(
-            _full(EDITS_PER_CALL, num_rows),
-            _full(EDITS_PER_CALL, 0),
-            _full(EDITS_PER_CALL, 1, np.float32),
-            _full(EDITS_PER_CALL, 0, np.float32),
-        )
+        padded = no_edits(num_rows)
         for to, values in zip(padded, (row, tokens, factor, add), strict=True):
             to[:size] = values[begin : begin + size]
         yield padded
+
+
+def no_edits(num_rows: int) -> Edits:
+    """A piece that edits nothing."""
+    return Edits(
+        _full(EDITS_PER_CALL, num_rows),
+        _full(EDITS_PER_CALL, 0),
+        _full(EDITS_PER_CALL, 1, np.float32),
+        _full(EDITS_PER_CALL, 0, np.float32),
+    )
 
 
 def pack_allowed(plan: Plan, bucket: Bucket, vocab_size: int) -> np.ndarray | None:

@@ -22,13 +22,14 @@ from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.grammar import Grammar, GrammarError
 from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.intake import EMBEDDING, Intake, Prompt
-from jaxpaged.engine.page_map import PageInfo, page_map
+from jaxpaged.engine.page_map import PageInfo
 from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.report import OutputKind, Tracked, report, token_logprobs
 from jaxpaged.engine.request import Sequence, seed_words
 from jaxpaged.engine.runner import InFlight, PromptPart, Runner
 from jaxpaged.engine.scheduler import Plan, Scheduler
 from jaxpaged.engine.scoring import Scores
+from jaxpaged.engine.shards import Shards
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestError
@@ -73,24 +74,8 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids) | (tokenizer.eos_token_ids if tokenizer else frozenset())
         self.runner = Runner(spec, params, self.config, placement, build)
         self.max_model_len = self.runner.max_model_len
-        cache = self.runner.cache
         self._host = HostTier(self.runner.num_host_pages, self.runner.min_host_pages)
-        self.pool = PagePool(
-            cache.num_pages,
-            cache.page_size,
-            enable_caching=self.config.enable_prefix_caching,
-            host=self._host if self._host.num_slots else None,
-        )
-        self.scheduler = Scheduler(
-            self.pool,
-            max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.runner.max_num_batched_tokens,
-            max_num_chunks=self.runner.max_num_chunks,
-            max_pages=self.runner.max_pages,
-            long_prefill_token_threshold=self.config.long_prefill_token_threshold,
-            max_num_partial_prefills=self.config.max_num_partial_prefills,
-            window=_widest_window(spec),
-        )
+        self.shards = Shards([self._scheduler() for _ in range(self.runner.num_shards)])
         self._intake = Intake(spec, self.config, tokenizer, self.eos_token_ids, self.max_model_len)
         self._requests: dict[str, Tracked] = {}
         self._in_flight: InFlight | None = None
@@ -203,7 +188,7 @@ class Engine:
             sequences.append(child)
             tracked.detokenizers.append(detokenizer)
             tracked.num_reported.append(0)
-            self.scheduler.fork(parent, child)
+            tracked.shard.scheduler.fork(parent, child)
         return list(made)
 
     def abort(self, request_id: str) -> bool:
@@ -226,12 +211,14 @@ class Engine:
         """Schedule and dispatch a step, then read the one before it: the outputs of requests that moved on."""
         if self.is_sleeping:
             raise AsleepError("the engine sleeps and has no page pool; call wake_up() before step()")
-        plan = self.scheduler.schedule()
+        plans = self.shards.schedule()
         before = self._in_flight
-        self._in_flight = None if plan.is_empty else self._dispatch(plan, before)
+        self._in_flight = None if all(plan.is_empty for plan in plans) else self._dispatch(plans, before)
         self._num_steps += self._in_flight is not None
-        self._measure_waste()
-        if leaked := self._num_leaked():
+        held, wasted = self.shards.slots()
+        self._slots_held += held
+        self._slots_wasted += wasted
+        if leaked := self.shards.num_leaked:
             log.error("%d pages are held though no sequence runs; please report this", leaked)
         outputs = self.take_aborted()
         if before is not None:
@@ -261,7 +248,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, those on the host too; running requests are not touched."""
-        self.pool.reset_prefix_cache()
+        self.shards.reset_prefix_cache()
 
     def update_params(self, params: Params, policy: UpdatePolicy = "keep") -> None:
         """Use other weights from the next step on: the given arrays themselves where they lie as the old ones do.
@@ -276,9 +263,9 @@ class Engine:
         if self.runner.placement is not None and not check_params(self.spec, params):
             params = self.runner.placement.place(params, self.spec)
         self.runner.update_params(params)
-        self.pool.reset_prefix_cache()
+        self.shards.reset_prefix_cache()
         if policy == "recompute":
-            self.scheduler.preempt_all()
+            self.shards.preempt_all()
         elif policy == "abort":
             for request_id in list(self._requests):
                 self.abort(request_id)
@@ -294,8 +281,8 @@ class Engine:
         if self._in_flight is not None:
             self._undelivered += self._update(self.runner.read(self._in_flight))
             self._in_flight = None
-        self.scheduler.preempt_all()
-        self.pool.reset_prefix_cache()
+        self.shards.preempt_all()
+        self.shards.reset_prefix_cache()
         self.runner.sleep(drop_params=level == 2)
 
     def wake_up(self, params: Params | None = None) -> None:
@@ -310,30 +297,31 @@ class Engine:
         self.runner.wake()
 
     def page_map(self) -> list[PageInfo]:
-        """Who holds which page now."""
-        return page_map(self.pool, self.scheduler.running)
+        """Who holds which page now. Pages are numbered over all data shards, as they lie in the pools' arrays."""
+        return self.shards.page_map()
 
     def stats(self) -> EngineStats:
-        """What the engine is doing and has done."""
+        """What the engine is doing and has done, all data shards together."""
+        total = self.shards.sum
         return EngineStats(
-            num_waiting=len(self.scheduler.waiting),
-            num_running=len(self.scheduler.running),
-            pages_total=self.pool.num_pages - 1,
-            pages_free=self.pool.num_free,
-            pages_cached=self.pool.num_cached,
-            pages_held=self.pool.num_held,
-            pages_leaked=self._num_leaked(),
-            page_size=self.pool.page_size,
+            num_waiting=self.shards.num_waiting,
+            num_running=self.shards.num_running,
+            pages_total=total(lambda s: s.pool.num_pages - 1),
+            pages_free=total(lambda s: s.pool.num_free),
+            pages_cached=total(lambda s: s.pool.num_cached),
+            pages_held=total(lambda s: s.pool.num_held),
+            pages_leaked=self.shards.num_leaked,
+            page_size=self.config.page_size,
             page_bytes=self.runner.page_bytes,
             kv_waste=self._slots_wasted / self._slots_held if self._slots_held else 0.0,
-            num_preemptions=self.scheduler.num_preemptions,
-            prefix_cache_queries=self.scheduler.prefix_cache_queries,
-            prefix_cache_hits=self.scheduler.prefix_cache_hits,
+            num_preemptions=total(lambda s: s.scheduler.num_preemptions),
+            prefix_cache_queries=total(lambda s: s.scheduler.prefix_cache_queries),
+            prefix_cache_hits=total(lambda s: s.scheduler.prefix_cache_hits),
             host_pages_total=self._host.num_slots,
             host_pages_held=self._host.num_held,
             host_pages_moved_out=self._host.num_moved_out,
             host_pages_moved_in=self._host.num_moved_in,
-            host_cache_hits=self.scheduler.host_cache_hits,
+            host_cache_hits=total(lambda s: s.scheduler.host_cache_hits),
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             num_steps=self._num_steps,
@@ -341,12 +329,13 @@ class Engine:
             max_model_len=self.max_model_len,
         )
 
-    def _dispatch(self, plan: Plan, before: InFlight | None) -> InFlight:
+    def _dispatch(self, plans: Seq[Plan], before: InFlight | None) -> InFlight:
         """The step under way. One that cannot begin leaves every request as it was, to be computed anew."""
         try:
-            return self.runner.dispatch(plan, before)
+            return self.runner.dispatch(plans, before)
         except Exception as error:
-            self.scheduler.withdraw(plan)
+            for shard, plan in zip(self.shards, plans, strict=True):
+                shard.scheduler.withdraw(plan)
             self._in_flight = None
             if before is not None:
                 self._undelivered += self._update(self.runner.read(before))
@@ -400,7 +389,7 @@ class Engine:
             metrics.last_token_time = now
         for tracked in moved.values():
             if tracked.beams is not None and not tracked.request.finished and tracked.beams.is_ready:
-                tracked.beams.advance(self.scheduler)
+                tracked.beams.advance(tracked.shard.scheduler)
         reported = (self._report(tracked, now) for tracked in moved.values() if self._is_due(tracked))
         return list(reported)
 
@@ -440,10 +429,11 @@ class Engine:
     def _finish(
         self, tracked: Tracked, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None
     ) -> None:
-        pages = [page for page in sequence.pages if self.pool.references(page) == 1]
-        self.scheduler.finish(sequence, reason, stop_reason)
+        shard = tracked.shard
+        pages = [page for page in sequence.pages if shard.pool.references(page) == 1]
+        shard.scheduler.finish(sequence, reason, stop_reason)
         if reason == "error":
-            self.runner.scrub(pages)
+            self.runner.scrub(pages, shard.index)
         if tracked.beams is None:
             tracked.detokenizers[sequence.index].finish()
 
@@ -460,17 +450,16 @@ class Engine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; give each request its own")
         limit = self.config.max_num_queued_requests
-        if limit is not None and len(self.scheduler.waiting) >= limit:
+        if limit is not None and (waiting := self.shards.num_waiting) >= limit:
             raise QueueFullError(
-                f"{len(self.scheduler.waiting):,} requests wait and max_num_queued_requests is {limit:,}; "
-                "try again later, or raise it"
+                f"{waiting:,} requests wait and max_num_queued_requests is {limit:,}; try again later, or raise it"
             )
 
     def _add(self, tracked: Tracked) -> None:
         request = tracked.request
         self._requests[request.request_id] = tracked
         self._prompt_tokens += len(request.prompt_token_ids)
-        self.scheduler.add(request.sequences[0])
+        tracked.shard = self.shards.add(request.sequences[0])
 
     def _is_due(self, tracked: Tracked) -> bool:
         """Of completions that are to be ranked nothing is said before the end."""
@@ -491,19 +480,30 @@ class Engine:
         wanted = part.sequence.params.prompt_logprobs or 0
         for row in range(part.num_rows):
             position = part.start + row
-            entry = token_logprobs(part.logprobs, row, part.sequence.token_ids[position], wanted, self.tokenizer)
+            entry = token_logprobs(
+                part.logprobs, part.first_row + row, part.sequence.token_ids[position], wanted, self.tokenizer
+            )
             tracked.request.prompt_logprobs[position] = entry
 
-    def _num_leaked(self) -> int:
-        """Looked for only when idle: then every page that is not free must be a cached one."""
-        return 0 if self.scheduler.running else self.pool.num_held
-
-    def _measure_waste(self) -> None:
-        """A held slot is wasted while no token is in it: at most the rest of each sequence's last page."""
-        size = self.pool.page_size
-        last = {s.pages[-1]: len(s.pages) * size - s.num_computed_tokens for s in self.scheduler.running if s.pages}
-        self._slots_held += self.pool.num_held * size
-        self._slots_wasted += sum(last.values())
+    def _scheduler(self) -> Scheduler:
+        """One data shard's, with a pool of its own."""
+        runner, config = self.runner, self.config
+        pool = PagePool(
+            runner.num_pages,
+            config.page_size,
+            enable_caching=config.enable_prefix_caching,
+            host=self._host if self._host.num_slots else None,
+        )
+        return Scheduler(
+            pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=runner.max_num_batched_tokens,
+            max_num_chunks=runner.max_num_chunks,
+            max_pages=runner.max_pages,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
+            max_num_partial_prefills=config.max_num_partial_prefills,
+            window=_widest_window(self.spec),
+        )
 
 
 def request_ids(prefix: str = "request") -> Iterator[str]:

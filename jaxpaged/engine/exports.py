@@ -93,8 +93,9 @@ def write(
     """
     if config.num_pages is None:
         raise ConfigError("num_pages is not set, and the pool's size is compiled in; set it for the device meant")
-    if config.tensor_parallel_size != 1:
-        raise ConfigError(f"tensor_parallel_size is {config.tensor_parallel_size:,}; exports are for one device, set 1")
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        if (size := getattr(config, name)) != 1:
+            raise ConfigError(f"{name} is {size:,}; exports are for one device, set 1")
     _register()
     params = map_specs(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), spec)
     count = 0

@@ -17,13 +17,16 @@ _COMPILE_RESERVE = 0.02  # of a GPU's memory, for activations
 
 
 def affordable_pages(config: EngineConfig, spec: Decoder, page_bytes: int, placement: Placement | None) -> int:
-    """Pages that fit the device's free memory, and no more than all sequences at full length can use."""
+    """Pages that fit the device's free memory, and no more than all sequences at full length can use; of one data
+    shard, of which each has devices of its own.
+    """
     here = jax.local_devices()[0] if placement is None else placement.mesh.devices.flat[0]
     stats = here.memory_stats()
     if stats and "bytes_limit" in stats:
         budget = pool_budget(stats["bytes_limit"], stats["bytes_in_use"], config)
     else:
         budget = min(int(_free_host_memory() * config.memory_utilization), _CPU_POOL_BYTES)
+        budget //= 1 if placement is None else placement.num_shards("data")  # their devices are one memory
     shards = 1 if placement is None or here.platform == "cpu" else placement.num_shards("kv_heads")
     return pages_within(budget, config, spec, page_bytes, shards)
 

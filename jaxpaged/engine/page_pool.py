@@ -128,8 +128,13 @@ class PagePool:
         return digest
 
     def match(self, token_ids: Sequence[int], salt: bytes = b"") -> tuple[list[int], list[bytes]]:
-        """The pages that hold the longest known prefix, now retained, and their digests; `ON_HOST` for those that
-        `bring` must fetch first.
+        """What `find` finds, now retained; `bring` must fetch those `ON_HOST` first."""
+        pages, digests = self.find(token_ids, salt)
+        self.retain(page for page in pages if page != ON_HOST)
+        return pages, digests
+
+    def find(self, token_ids: Sequence[int], salt: bytes = b"") -> tuple[list[int], list[bytes]]:
+        """The pages that hold the longest known prefix and their digests; `ON_HOST` where only the host has it.
 
         The last token is never part of it: it must be computed for its logits, and shared pages are never written.
         """
@@ -152,7 +157,6 @@ class PagePool:
             first = pages.index(ON_HOST)
             if len(pages) - first < self.host.min_pages:
                 del pages[first:], digests[first:]
-        self.retain(page for page in pages if page != ON_HOST)
         return pages, digests
 
     def bring(self, digests: Sequence[bytes]) -> list[int]:

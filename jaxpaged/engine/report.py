@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.request import Request, Sequence
+from jaxpaged.engine.shards import Shard
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.model.sampling import Logprobs
 from jaxpaged.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
@@ -27,6 +28,7 @@ class Tracked:
     detokenizers: list[Detokenizer]  # one per sequence; none for beams, whose text is made in the end
     num_reported: list[int]  # output tokens that earlier deltas held
     beams: BeamSearch | None = None
+    shard: Shard = field(init=False)  # where it was queued
 
 
 def report(tracked: Tracked, tokenizer: Tokenizer | None) -> RequestOutput:

@@ -2,14 +2,18 @@
 
 Every function is compiled ahead of time, once per bucket, so that a call cannot compile. A step is dispatched without
 waiting for the one before: the tokens that one sampled stay on the device and are this one's input. `read` waits.
+
+Where a placement cuts data, every function is one data shard's, run for all of them by `Placement.over_data`: each
+shard's plan is packed for itself, and the arrays of all lie end to end, so that row r of shard s is row s * rows + r.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +26,13 @@ from jaxpaged.engine.batch import Bucket
 from jaxpaged.engine.compilation import Build, Compiler, Jitted, traced, use_compilation_cache
 from jaxpaged.engine.embedding import Embedded, pack_embedded
 from jaxpaged.engine.host_pages import HostPages, pages_worth_moving
-from jaxpaged.engine.logit_edits import row_edits
+from jaxpaged.engine.logit_edits import RowEdits, row_edits
 from jaxpaged.engine.memory_budget import affordable_pages, fitting_model_len, host_pages
 from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.engine.processors import Processors
-from jaxpaged.engine.request import Sequence
+from jaxpaged.engine.request import Sequence as TokenSequence
 from jaxpaged.engine.scheduler import Chunk, Plan
+from jaxpaged.engine.stacking import stack, stack_found, stack_pieces
 from jaxpaged.engine.weights import Layout
 from jaxpaged.errors import ConfigError
 from jaxpaged.kernels.tiles import current_device
@@ -54,16 +59,16 @@ log = logging.getLogger("jaxpaged")
 _NOTHING: Any = np.empty(0)
 _NO_LOGPROBS = Logprobs(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
 _FEWEST_DECODES = 4  # on a GPU XLA makes products of one row in more pieces: 20 kernels a layer instead of 14
-_PROMPT_ROWS = 64  # prompt tokens whose logprobs one call computes
 _ALWAYS_TRACED = ("read_pages", "write_pages", "sum_hidden")  # they know nothing of the model, and are small
 
 
 class PromptPart(NamedTuple):
-    """Logprobs of some prompt tokens of one chunk: those at positions start .. start + num_rows."""
+    """Logprobs, from `first_row` on, of prompt tokens of one chunk: those at positions start .. start + num_rows."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     start: int
     num_rows: int
+    first_row: int
     logprobs: Logprobs
 
 
@@ -78,8 +83,8 @@ class StepOutputs(NamedTuple):
 class InFlight(NamedTuple):
     """A dispatched step: what was planned, and its results, perhaps still being computed."""
 
-    plan: Plan
-    rows: list[tuple[int, Chunk]]
+    num_rows: int  # of each data shard
+    rows: list[tuple[int, Chunk]]  # counted over all shards
     outputs: StepOutputs
     prompt_parts: list[PromptPart]
     embedded: Embedded
@@ -103,6 +108,12 @@ class Runner:
         """
         if placement is not None and config.batch_invariant:
             raise ConfigError("batch_invariant has been proven for one device only; leave it or the mesh out")
+        self.num_shards = 1 if placement is None else placement.num_shards("data")
+        if self.num_shards > 1 and config.host_cache_gb:
+            raise ConfigError(
+                f"host_cache_gb is {config.host_cache_gb:g} with {self.num_shards} data shards, whose pages the host "
+                "does not keep yet; set it to 0, or use 1 data shard"
+            )
         self.placement = placement
         self.spec = spec if placement is None else placement.fit(spec)
         if (problems := check_params(spec, params)) and (self.spec == spec or check_params(self.spec, params)):
@@ -119,7 +130,7 @@ class Runner:
         dtype = params["embed"]["w"].dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
         self.page_bytes = page_bytes(spec, config.page_size, dtype)
         fit = PoolFit(spec, params["embed"]["w"].dtype, dtype, config)
-        num_pages = (
+        self.num_pages = num_pages = (
             fit.check(config.num_pages)
             if config.num_pages
             else fit.most(affordable_pages(config, self.spec, self.page_bytes, placement))
@@ -132,10 +143,12 @@ class Runner:
         self.num_host_pages = host_pages(config, self.page_bytes)
         self._host = HostPages(self.cache.pools, self.num_host_pages)
         fewest = 1 if on_cpu else _FEWEST_DECODES
-        self.buckets = batch.make_buckets(config.max_num_seqs, self.max_num_batched_tokens, fewest_decodes=fewest)
+        self.buckets = batch.make_buckets(
+            config.max_num_seqs, self.max_num_batched_tokens, fewest_decodes=fewest, num_shards=self.num_shards
+        )
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
         self._max_rows = max(b.num_rows for b in self.buckets)
-        self._nothing_sampled: Any = np.zeros(self._max_rows, np.int32)
+        self._nothing_sampled: Any = np.zeros(self.num_shards * self._max_rows, np.int32)
         self._build = build
         self._compiler = Compiler()
         self.processors = Processors(self._compiler, spec.vocab_size)
@@ -208,51 +221,56 @@ class Runner:
         count, seconds = self.num_compilations - before, time.monotonic() - started
         log.info("compiled %d functions for %d buckets in %.1f s", count, len(self.buckets), seconds)
 
-    def dispatch(self, plan: Plan, before: InFlight | None) -> InFlight:
-        """Start a step and return at once. `before` is the step dispatched last, if it has not been read."""
-        bucket = batch.choose(plan, self.buckets)
-        rows = list(batch.rows_of(plan, bucket))
-        feedback = {chunk.sequence: row for row, chunk in before.rows if chunk.samples} if before else {}
-        inputs = batch.pack(
-            plan,
-            bucket,
-            feedback,
-            max_pages=self.max_pages,
-            page_size=self.cache.page_size,
-            num_pages=self.cache.num_pages,
-        )
-        self._move(plan)
-        for pages in batch.pack_copies(plan, self.cache.num_pages):
+    def dispatch(self, plans: Sequence[Plan], before: InFlight | None) -> InFlight:
+        """Start a step, planned by each data shard, and return at once. `before` is the step dispatched last, if it has
+        not been read.
+        """
+        bucket = batch.choose(plans, self.buckets)
+        rows = [
+            (shard * bucket.num_rows + row, chunk)
+            for shard, plan in enumerate(plans)
+            for row, chunk in batch.rows_of(plan, bucket)
+        ]
+        fed_rows = {c.sequence: row % before.num_rows for row, c in before.rows if c.samples} if before else {}
+        sizes = {"max_pages": self.max_pages, "page_size": self.cache.page_size, "num_pages": self.num_pages}
+        inputs = stack([batch.pack(plan, bucket, fed_rows, **sizes) for plan in plans])
+        self._move(plans)
+        copies = [batch.pack_copies(plan, self.num_pages) for plan in plans]
+        for pages in stack_pieces(copies, batch.no_copies(self.num_pages)):
             self.cache = self._copy_pages()(self.cache, *pages)
         fed = before.outputs.tokens if before else self._nothing_sampled
         self.cache, (raw, hidden) = self._forward(bucket)(self.params, self.cache, inputs, fed)
-        logits, processed = self.processors.apply(self._edited(raw, plan, bucket), rows)
-        sampled = self._sample(bucket.num_rows)(logits, batch.pack_sampling(plan, bucket, self.spec.vocab_size))
+        logits, processed = self.processors.apply(self._edited(raw, plans, bucket), rows)
+        drawn = stack([batch.pack_sampling(plan, bucket, self.spec.vocab_size) for plan in plans])
+        everyone = () if self.num_shards == 1 else (drawn,)
+        sampled = self._sample(bucket.num_rows)(logits, drawn, *everyone)
         self.processors.observe(processed, sampled.tokens)
         # Logprobs are a call of their own, and not a condition on the device, which the host would have to wait for.
-        temperature, logprobs = batch.pack_score_temperature(plan, bucket), _NO_LOGPROBS
+        temperature = stack_found([batch.pack_score_temperature(plan, bucket) for plan in plans], 1)
+        logprobs = _NO_LOGPROBS
         if temperature is not None:
             logprobs = self._logprobs(bucket.num_rows)(raw, sampled.tokens, temperature)
         outputs = StepOutputs(*sampled, logprobs)
-        parts, embedded = self._prompt_parts(plan, bucket, hidden), self._embedded(plan, bucket, hidden)
-        return InFlight(plan, rows, outputs, parts, embedded, self.param_version)
+        parts, embedded = self._prompt_parts(plans, bucket, hidden), self._embedded(plans, bucket, hidden)
+        return InFlight(bucket.num_rows, rows, outputs, parts, embedded, self.param_version)
 
     def read(self, step: InFlight) -> InFlight:
         """The step with its results on the host, waited for."""
         wanted = step.outputs, [p.logprobs for p in step.prompt_parts], step.embedded.sums
         outputs, parts, sums = jax.device_get(wanted)
         self._host.settle(wait=False)
+        tokens = outputs.tokens.reshape(self.num_shards, -1)[:, : step.num_rows].reshape(-1)
         return step._replace(
-            outputs=outputs,
+            outputs=outputs._replace(tokens=tokens),
             prompt_parts=[p._replace(logprobs=lp) for p, lp in zip(step.prompt_parts, parts, strict=True)],
             embedded=step.embedded._replace(sums=sums),
         )
 
-    def scrub(self, pages: list[int]) -> None:
-        """Zero these pages, after all that has been dispatched."""
-        ids = np.full(self.max_pages, self.cache.num_pages, np.int32)
-        ids[: len(pages)] = pages
-        self.cache = self._scrub()(self.cache, ids)
+    def scrub(self, pages: list[int], shard: int = 0) -> None:
+        """Zero these pages of a data shard, after all that has been dispatched."""
+        ids = np.full((self.num_shards, self.max_pages), self.num_pages, np.int32)
+        ids[shard, : len(pages)] = pages
+        self.cache = self._scrub()(self.cache, ids.reshape(-1))
 
     @property
     def min_host_pages(self) -> int:
@@ -261,44 +279,46 @@ class Runner:
         most = batch.MOVES_PER_CALL
         return pages_worth_moving(most * self.page_bytes, self.cache.page_size, num_params, jax.default_backend(), most)
 
-    def _move(self, plan: Plan) -> None:
+    def _move(self, plans: Sequence[Plan]) -> None:
         """Pages to the host, which the step may write over, then pages from there, which it may read."""
+        if not self.num_host_pages:
+            return
+        (plan,) = plans
         for pages, slots in batch.pack_moves_out(plan):
             self._host.put(slots, self._read_pages()(self.cache, pages))
-        for pages, slots in batch.pack_moves_in(plan, self.cache.num_pages):
+        for pages, slots in batch.pack_moves_in(plan, self.num_pages):
             self.cache = self._write_pages()(self.cache, pages, self._host.get(slots))
 
-    def _edited(self, raw: jax.Array, plan: Plan, bucket: Bucket) -> jax.Array:
+    def _edited(self, raw: jax.Array, plans: Sequence[Plan], bucket: Bucket) -> jax.Array:
         """The logits to sample from: `raw` itself unless a sequence wants some changed."""
-        rows = batch.rows_of(plan, bucket)
-        found = {row: row_edits(chunk.sequence) for row, chunk in rows if chunk.samples}
-        edits = {row: e for row, e in found.items() if e is not None}
         logits = raw
-        for piece in batch.pack_edits(edits, bucket.num_rows):
+        edits = [batch.pack_edits(_edits_of(plan, bucket), bucket.num_rows) for plan in plans]
+        for piece in stack_pieces(edits, batch.no_edits(bucket.num_rows)):
             logits = self._edit(bucket.num_rows)(logits, piece)
-        allowed = batch.pack_allowed(plan, bucket, self.spec.vocab_size)
+        everything = np.iinfo(np.uint32).max
+        allowed = stack_found([batch.pack_allowed(plan, bucket, self.spec.vocab_size) for plan in plans], everything)
         return logits if allowed is None else self._restrict(bucket.num_rows)(logits, allowed)
 
-    def _prompt_parts(self, plan: Plan, bucket: Bucket, hidden: jax.Array) -> list[PromptPart]:
+    def _prompt_parts(self, plans: Sequence[Plan], bucket: Bucket, hidden: jax.Array) -> list[PromptPart]:
         """Logprobs of the prompt tokens that follow this step's tokens, where a request wants them."""
         parts = []
-        for _, first, (sequence, start, length, _) in batch.tokens_of(plan, bucket):
-            if sequence.params.prompt_logprobs is None:
-                continue
-            end = min(start + length, sequence.prompt_len - 1)
-            for begin in range(start, end, _PROMPT_ROWS):
-                count = min(_PROMPT_ROWS, end - begin)
-                rows, targets = np.zeros((2, _PROMPT_ROWS), np.int32)
-                rows[:count] = first + np.arange(begin - start, begin - start + count)
-                targets[:count] = sequence.token_ids[begin + 1 : begin + 1 + count]
-                found = self._prompt_logprobs(bucket.num_tokens)(self.params, hidden, rows, targets)
-                parts.append(PromptPart(sequence, begin + 1, count, found))
+        for pieces in zip_longest(*(batch.prompt_pieces(plan, bucket) for plan in plans)):
+            rows, targets = np.zeros((2, len(plans), batch.PROMPT_ROWS), np.int32)
+            for shard, piece in enumerate(pieces):
+                if piece is not None:
+                    rows[shard], targets[shard] = piece.rows, piece.targets
+            found = self._prompt_logprobs(bucket.num_tokens)(self.params, hidden, rows.reshape(-1), targets.reshape(-1))
+            for shard, piece in enumerate(pieces):
+                if piece is not None:
+                    first = shard * batch.PROMPT_ROWS
+                    parts.append(PromptPart(piece.sequence, piece.start, piece.num_rows, first, found))
         return parts
 
-    def _embedded(self, plan: Plan, bucket: Bucket, hidden: jax.Array) -> Embedded:
+    def _embedded(self, plans: Sequence[Plan], bucket: Bucket, hidden: jax.Array) -> Embedded:
         """Sums of hidden states, where a request wants an embedding."""
-        embedded, owners = pack_embedded(plan, bucket)
-        return embedded if not embedded.parts else embedded._replace(sums=self._sum_hidden(bucket)(hidden, owners))
+        each = [pack_embedded(plan, bucket) for plan in plans]
+        parts = [(shard * bucket.num_rows + row, c) for shard, (e, _) in enumerate(each) for row, c in e.parts]
+        return Embedded(parts, self._sum_hidden(bucket)(hidden, stack([o for _, o in each])) if parts else None)
 
     def _compile(self, key: tuple[str, int | Bucket], jitted: Jitted, *shapes: Any) -> Callable[..., Any]:
         """The function compiled for these shapes, now or before."""
@@ -307,22 +327,33 @@ class Runner:
         build = traced if name in _ALWAYS_TRACED else self._build
         return self._compiler.get((name, sizes), build, jitted, jax.tree.map(self._on_mesh, shapes))
 
-    def _jit(self, function: Callable[..., Any], outputs: Any, donate: int | None = None) -> Jitted:
-        """`function` to be compiled, its `outputs` (a prefix of them, in shardings) where later calls expect them."""
+    def _jit(
+        self, function: Callable[..., Any], outputs: Any, *, donate: int | None = None, whole: Sequence[int] = ()
+    ) -> Jitted:
+        """`function` of one data shard to be compiled, its `outputs` (a prefix of them, in shardings) where later calls
+        expect them; arguments `whole` are the same for all shards.
+        """
         donated = () if donate is None else (donate,)
         if self.placement is None:
             return function, {"donate_argnums": donated}
-        return function, {"donate_argnums": donated, "out_shardings": outputs}
+        return self.placement.over_data(function, whole), {"donate_argnums": donated, "out_shardings": outputs}
 
     def _on_mesh(self, shape: Any) -> Any:
-        """A shape that does not say where it lies: a copy on every device."""
+        """A shape that does not say where it lies: of one data shard's rows, so that there are as many of each."""
         if self.placement is None or not isinstance(shape, jax.ShapeDtypeStruct) or shape.sharding is not None:
             return shape
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=self.placement.sharding())
+        rows, *rest = shape.shape
+        return jax.ShapeDtypeStruct((self.num_shards * rows, *rest), shape.dtype, sharding=self._rows)
+
+    def _everywhere(self, shape: Any) -> Any:
+        """A shape of one data shard's rows, as those of all, a copy on every device."""
+        rows, *rest = shape.shape
+        sharding = None if self.placement is None else self.placement.sharding()
+        return jax.ShapeDtypeStruct((self.num_shards * rows, *rest), shape.dtype, sharding=sharding)
 
     def _cache_shapes(self, num_pages: int, page_size: int, dtype: Any) -> KVCache:
-        """What the cache is, and where it lies: no device ever holds more of it than its part."""
-        shapes = cache_shapes(self.spec, num_pages, page_size, dtype)
+        """What the cache is, `num_pages` for each data shard, and where: no device ever holds more than its part."""
+        shapes = cache_shapes(self.spec, self.num_shards * num_pages, page_size, dtype)
         if self.placement is None:
             return shapes
 
@@ -332,13 +363,13 @@ class Runner:
         return KVCache(jax.tree.map(placed, shapes.pools, self.placement.cache_shardings(shapes.pools)))
 
     @property
-    def _copies(self) -> Any:
-        """The sharding of what every device has a copy of."""
-        return None if self.placement is None else self.placement.sharding()
+    def _rows(self) -> Any:
+        """The sharding of rows, of which each device of a data shard has a copy."""
+        return None if self.placement is None else self.placement.sharding("data")
 
     @property
     def _cut_logits(self) -> Any:
-        return None if self.placement is None else self.placement.sharding(None, "vocab")
+        return None if self.placement is None else self.placement.sharding("data", "vocab")
 
     @property
     def _cache_shardings(self) -> Any:
@@ -347,8 +378,8 @@ class Runner:
     def _forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, ForwardOutputs]]:
         step = partial(forward, spec=self.spec, attention_backend=self.attention_backend, placement=self.placement)
         step = partial(step, batch_invariant=self.batch_invariant)
-        outputs = (self._cache_shardings, ForwardOutputs(self._cut_logits, self._copies))
-        function = self._jit(step, outputs, donate=1)
+        outputs = (self._cache_shardings, ForwardOutputs(self._cut_logits, self._rows))
+        function = self._jit(step, outputs, donate=1, whole=(0,))
         tokens, rows = bucket.num_tokens, bucket.num_rows
         inputs = StepInputs(
             token_ids=_shape(tokens),
@@ -364,12 +395,14 @@ class Runner:
         return self._compile(("forward", bucket), function, self.params, self.cache, inputs, _shape(self._max_rows))
 
     def _sample(self, rows: int) -> Callable[..., Sampled]:
-        one_shape = self.batch_invariant
-        sample = sampling.sample_in_blocks if one_shape else partial(sampling.sample, placement=self.placement)
+        """Where there are several data shards, each also takes the inputs of all."""
 
-        def padded(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
+        def padded(logits: jax.Array, inputs: SamplingInputs, everyone: SamplingInputs | None = None) -> Sampled:
             """All buckets give as many tokens, so that the next step's shape does not depend on this one's."""
-            sampled: Sampled = sample(logits, inputs)
+            if self.batch_invariant:
+                sampled = sampling.sample_in_blocks(logits, inputs)
+            else:
+                sampled = sampling.sample(logits, inputs, everyone, placement=self.placement)
             return sampled._replace(tokens=jnp.pad(sampled.tokens, (0, self._max_rows - rows)))
 
         inputs = SamplingInputs(
@@ -380,7 +413,9 @@ class Runner:
             seeds=_shape(rows, 2, dtype=np.uint32),
             positions=_shape(rows),
         )
-        return self._compile(("sample", rows), self._jit(padded, self._copies), self._logits(rows), inputs)
+        everyone = () if self.num_shards == 1 else (jax.tree.map(self._everywhere, inputs),)
+        function = self._jit(padded, self._rows, whole=(2,))
+        return self._compile(("sample", rows), function, self._logits(rows), inputs, *everyone)
 
     def _logprobs(self, rows: int) -> Callable[..., Logprobs]:
         told = partial(sampling.logprobs_of, batch_invariant=self.batch_invariant, placement=self.placement)
@@ -389,7 +424,7 @@ class Runner:
             return told(raw, tokens[:rows], temperature)
 
         shapes = self._logits(rows), _shape(self._max_rows), _shape(rows, dtype=np.float32)
-        return self._compile(("logprobs", rows), self._jit(unpadded, self._copies), *shapes)
+        return self._compile(("logprobs", rows), self._jit(unpadded, self._rows), *shapes)
 
     def _edit(self, rows: int) -> Callable[..., jax.Array]:
         count = batch.EDITS_PER_CALL
@@ -404,15 +439,16 @@ class Runner:
 
     def _prompt_logprobs(self, tokens: int) -> Callable[..., Logprobs]:
         found = partial(sampling.prompt_logprobs, spec=self.spec, placement=self.placement)
-        function = self._jit(partial(found, batch_invariant=self.batch_invariant), self._copies)
-        rows = _shape(_PROMPT_ROWS)
+        found = partial(found, batch_invariant=self.batch_invariant)
+        function = self._jit(found, self._rows, whole=(0,))
+        rows = _shape(batch.PROMPT_ROWS)
         return self._compile(("prompt_logprobs", tokens), function, self.params, self._hidden(tokens), rows, rows)
 
     def _sum_hidden(self, bucket: Bucket) -> Callable[..., jax.Array]:
         """Not among `functions`: few engines are asked for embeddings, and this compiles in no time."""
         summed = partial(sum_by_owner, num_owners=bucket.num_rows)
         shapes = self._hidden(bucket.num_tokens), _shape(bucket.num_tokens)
-        return self._compile(("sum_hidden", bucket), self._jit(summed, self._copies), *shapes)
+        return self._compile(("sum_hidden", bucket), self._jit(summed, self._rows), *shapes)
 
     def _hidden(self, tokens: int) -> Any:
         return jax.ShapeDtypeStruct((tokens, self.spec.dim), self.params["embed"]["w"].dtype)
@@ -445,7 +481,14 @@ class Runner:
         return self._compile(("write_pages", 0), function, self.cache, _shape(count), pages)
 
     def _logits(self, rows: int) -> Any:
-        return jax.ShapeDtypeStruct((rows, self.spec.vocab_size), np.float32, sharding=self._cut_logits)
+        shape = self.num_shards * rows, self.spec.vocab_size
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=self._cut_logits)
+
+
+def _edits_of(plan: Plan, bucket: Bucket) -> dict[int, RowEdits]:
+    """Of the rows whose logits are to be changed."""
+    found = {row: row_edits(chunk.sequence) for row, chunk in batch.rows_of(plan, bucket) if chunk.samples}
+    return {row: edits for row, edits in found.items() if edits is not None}
 
 
 def _is_real(tree: Any) -> bool:

@@ -81,22 +81,28 @@ def restrict(logits: Float[Array, "R V"], allowed: UInt32[Array, "R words"]) -> 
 def sample(
     logits: Float[Array, "R V"],
     inputs: SamplingInputs,
+    everyone: SamplingInputs | None = None,
     backend: Backend = "auto",
     placement: Placement | None = None,
 ) -> Sampled:
     """One token per row.
 
-    With a `placement` (static) the logits are cut over its mesh, and stay so: the reference draws.
+    With a `placement` (static) the logits are cut over its mesh, and stay so: the reference draws. `everyone` has the
+    inputs of all data shards where there are several: they skip together what none of them wants, since devices wait
+    for each other inside.
     """
+    everyone = everyone or inputs
     backend = choose(backend) if placement is None else "reference"
     top = jnp.max(logits, -1)
     # The first of the largest. XLA's argmax compares pairs and does not vectorise on CPU: 3 times as slow.
     tokens = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
     greedy = jnp.min(jnp.where(logits >= top[:, None], tokens, logits.shape[1] - 1), -1)
     is_random = inputs.temperature > 0
-    random = partial(_drawn, backend=backend, num_shards=1 if placement is None else placement.num_shards("vocab"))
+    num_shards = 1 if placement is None else placement.num_shards("vocab")
+    are_limited = jnp.any(everyone.top_k < logits.shape[1]), jnp.any(everyone.top_p < 1)
+    random = partial(_drawn, backend=backend, num_shards=num_shards, are_limited=are_limited)
     if backend == "reference":
-        drawn = lax.cond(jnp.any(is_random), random, lambda *_: greedy, logits, inputs)
+        drawn = lax.cond(jnp.any(everyone.temperature > 0), random, lambda *_: greedy, logits, inputs)
     else:  # the kernel skips greedy rows by itself; a condition would make the host wait
         drawn = random(logits, inputs)
     tokens = jnp.where(is_random, drawn, greedy)
@@ -142,7 +148,7 @@ def _top(
         top, ids = lax.top_k(part, min(count, part.shape[1]))
         return top, ids.astype(jnp.int32) + lax.axis_index(axis) * part.shape[1]
 
-    top, ids = jax.shard_map(own, mesh=placement.mesh, in_specs=cut, out_specs=(cut, cut))(logits)
+    top, ids = placement.on_each(own, in_specs=cut, out_specs=(cut, cut))(logits)
     top, where = lax.top_k(top, count)
     return top, jnp.take_along_axis(ids, where, 1)
 
@@ -171,7 +177,13 @@ def logprobs_in_blocks(
     return logprobs_of(logits, targets, batch_invariant=True)
 
 
-def _drawn(logits: Float[Array, "R V"], inputs: SamplingInputs, backend: Backend, num_shards: int) -> Int[Array, " R"]:
+def _drawn(
+    logits: Float[Array, "R V"],
+    inputs: SamplingInputs,
+    backend: Backend,
+    num_shards: int,
+    are_limited: tuple[Bool[Array, ""], Bool[Array, ""]],
+) -> Int[Array, " R"]:
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(inputs.seeds, impl="threefry2x32"), inputs.positions)
     return draw(
         logits,
@@ -182,4 +194,5 @@ def _drawn(logits: Float[Array, "R V"], inputs: SamplingInputs, backend: Backend
         min_p=inputs.min_p,
         num_shards=num_shards,
         backend=backend,
+        are_limited=are_limited,
     )

@@ -1,14 +1,18 @@
 """Where arrays lie on a mesh: rules from logical axes to mesh axes, and weights, pools and logits placed by them.
 
-Only tensor parallelism is meant: what one layer computes is cut over heads, ffn columns and vocabulary, and each device
-keeps its part of the weights and of every page. A layer then costs two all-reduces, one after each row-cut product.
-How heads are made to share equally among devices is told in `head_layout.py`.
+Tensor parallelism: what one layer computes is cut over heads, ffn columns and vocabulary, and each device keeps its
+part of the weights and of every page. A layer then costs two all-reduces, one after each row-cut product. How heads are
+made to share equally among devices is told in `head_layout.py`.
+
+Data parallelism: a step's rows and the pool's pages are cut into shards, each with sequences and page ids of its own,
+and every shard has all the weights. What is computed runs under `shard_map` along that axis, on one shard's arrays as
+if there were no other, so that nothing can move between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -30,6 +34,8 @@ class ShardingRules:
     ffn               columns of up and gate, rows of down: the other sum of a layer
     vocab             rows of the embedding, columns of the head. Logits stay cut while they are sampled from
     embed             the residual stream's width. Whole: cutting it would make every product a sum over devices
+    data              the rows of a step and the pages: each part holds sequences of its own, all weights, and waits for
+                      no other inside a step
 
     A mesh axis that no rule names holds copies.
     """
@@ -39,11 +45,12 @@ class ShardingRules:
     ffn: str | None = "model"
     vocab: str | None = "model"
     embed: str | None = None
+    data: str | None = None
 
     @classmethod
-    def on(cls, axis: str) -> ShardingRules:
-        """The usual rules along a mesh axis of another name than "model"."""
-        return cls(heads=axis, kv_heads=axis, ffn=axis, vocab=axis)
+    def on(cls, axis: str | None, *, data: str | None = None) -> ShardingRules:
+        """The usual rules along a mesh axis of another name than "model"; None: each data shard has all of a layer."""
+        return cls(heads=axis, kv_heads=axis, ffn=axis, vocab=axis, data=data)
 
     @property
     def by_axis(self) -> Mapping[str | None, str | None]:
@@ -75,6 +82,12 @@ class Placement:
             raise ConfigError(
                 f"the sharding rules cut heads along {rules.heads!r} but kv_heads along {rules.kv_heads!r}; "
                 "a query head must lie where its kv head does: name one axis for both"
+            )
+        shared = [str(name) for name, axis in rules.by_axis.items() if axis == rules.data and name != "data"]
+        if rules.data is not None and shared:
+            raise ConfigError(
+                f"the sharding rules cut data and {', '.join(shared)} along mesh axis {rules.data!r}; along the axis "
+                "of data every device has all the weights: name another one for data"
             )
         # The partitioner decides what no rule says, whatever the caller's own program leaves to it.
         auto = (AxisType.Auto,) * len(names)
@@ -143,12 +156,46 @@ class Placement:
         return lambda path, leaf, array: self._put(fit_leaf(array, path, spec, self.num_shards("heads")), leaf)
 
     def cache_partition(self, pools: Any) -> Any:
-        """How every leaf of a pool, or of any tree of pools, is cut: kv heads are axis 3 of pages and scales."""
+        """How every leaf of one data shard's pools is cut: kv heads are axis 3 of pages and scales."""
         return jax.tree.map(lambda leaf: self.partition(*(None, None, None, "kv_heads", None)[: leaf.ndim]), pools)
 
     def cache_shardings(self, pools: Any) -> Any:
-        """The same as shardings."""
-        return jax.tree.map(lambda partition: NamedSharding(self.mesh, partition), self.cache_partition(pools))
+        """Where the leaves of all shards' pools lie, whose pages are end to end."""
+        return jax.tree.map(lambda leaf: self.sharding(*("data", None, None, "kv_heads", None)[: leaf.ndim]), pools)
+
+    def over_data(self, function: Callable[..., Any], whole: Collection[int] = ()) -> Callable[..., Any]:
+        """`function` of one data shard's arrays as one of all shards', end to end along each array's first axis.
+
+        Arguments `whole` are the same for all. Inside, the other mesh axes are the partitioner's.
+        """
+        if (axis := self.rules.data) is None:
+            return function
+
+        def on_shards(*args: Any) -> Any:
+            own = PartitionSpec(axis)
+            in_specs = tuple(PartitionSpec() if index in whole else own for index in range(len(args)))
+            split: Any = jax.shard_map(
+                function, mesh=self.mesh, in_specs=in_specs, out_specs=own, axis_names={axis}, check_vma=False
+            )
+            return split(*args)
+
+        return on_shards
+
+    def on_each(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function` as each device computes it on its own parts, inside `over_data` where data is cut."""
+        axes = set(self.mesh.axis_names) - {self.rules.data}
+        if not axes:
+            return function
+        mesh: Any = self.mesh if self.rules.data is None else jax.sharding.get_abstract_mesh()
+        mapped: Any = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=axes,
+            check_vma=False,  # a kernel's outputs do not say along which axes they vary
+        )
+        return mapped  # type: ignore[no-any-return]
 
     def _put(self, array: Any, leaf: ParamSpec) -> jax.Array:
         sharding = self.sharding(*leaf.axes)
@@ -167,13 +214,19 @@ class Placement:
         )
 
 
-def tensor_parallel(size: int, rules: ShardingRules | None = None) -> Placement:
-    """A mesh of the first `size` devices along one axis. Raises ConfigError where there are fewer."""
+def parallel(tensor: int = 1, data: int = 1, rules: ShardingRules | None = None) -> Placement:
+    """A mesh of the first `data` x `tensor` devices. Raises ConfigError where there are fewer."""
     devices = jax.devices()
-    if not 1 <= size <= len(devices):
+    if not 1 <= tensor * data <= len(devices):
+        asked = f"tensor_parallel_size is {tensor}"
+        if data > 1:
+            asked += f" and data_parallel_size {data}, {tensor * data} devices together,"
         raise ConfigError(
-            f"tensor_parallel_size is {size} but JAX sees {len(devices)} {devices[0].platform} device(s); "
-            f"lower it to at most {len(devices)}"
+            f"{asked} but JAX sees {len(devices)} {devices[0].platform} device(s); "
+            f"lower it to at most {max(1, len(devices) // data)}" + (", or data_parallel_size" if data > 1 else "")
         )
     rules = rules or ShardingRules()
-    return Placement(Mesh(np.asarray(devices[:size]), (rules.heads or "model",)), rules)
+    if data > 1 and rules.data is None:
+        rules = replace(rules, data="data")
+    axes = {rules.data or "data": data, rules.heads or "model": tensor}
+    return Placement(Mesh(np.asarray(devices[: tensor * data]).reshape(tuple(axes.values())), tuple(axes)), rules)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -61,7 +60,7 @@ def forward(
 
     `sampled` are the tokens of the step before, read where `inputs.feedback` says so. `spec` and what follows it are
     static. With `batch_invariant` a token's numbers depend on the tokens before it alone; with a placement params and
-    cache lie on its mesh, and each device attends with its heads.
+    cache lie on its mesh, and each device attends with its heads; where it cuts data, this is one shard's step.
     """
     fed = sampled[jnp.clip(inputs.feedback, 0, sampled.shape[0] - 1)]
     tokens = jnp.where(inputs.feedback >= 0, fed, inputs.token_ids)
@@ -75,12 +74,10 @@ def forward(
             return attend_here(pool, q, k, v, a, sinks, inputs)
         heads, kv_heads = (placement.partition(None, axis, None) for axis in ("heads", "kv_heads"))
         pools = placement.cache_partition(pool)
-        here: Any = jax.shard_map(
+        here = placement.on_each(
             lambda pool, q, k, v, sinks, inputs: attend_here(pool, q, k, v, a, sinks, inputs),
-            mesh=placement.mesh,
             in_specs=(pools, heads, kv_heads, kv_heads, placement.partition("heads"), placement.partition()),
             out_specs=(heads, pools),
-            check_vma=False,  # a kernel's outputs do not say along which axes they vary
         )
         attended: tuple[Array, Pool] = here(pool, q, k, v, sinks, inputs)
         return attended

@@ -236,10 +236,12 @@ class AsyncEngine:
 
     def describe(self) -> str:
         """In one line, what room there is: sequences, length, pages."""
-        pool, config = self._engine.pool, self.config
+        shards = self._engine.shards
+        num_pages = shards.sum(lambda shard: shard.pool.num_pages - 1)
         return (
-            f"up to {config.max_num_seqs:,} sequences of up to {self.max_model_len:,} tokens, "
-            f"{pool.num_pages - 1:,} pages of {pool.page_size:,} tokens"
+            f"up to {shards.max_num_seqs:,} sequences of up to {self.max_model_len:,} tokens, "
+            f"{num_pages:,} pages of {self.config.page_size:,} tokens"
+            + (f", over {len(shards)} data shards" if len(shards) > 1 else "")
         )
 
     async def offload(self, function: Callable[..., T], *args: Any) -> T:
@@ -289,9 +291,9 @@ class AsyncEngine:
         limit = self.max_num_queued_requests
         if limit is None:
             return
-        if count > limit + self.config.max_num_seqs:
+        if count > (most := limit + self._engine.shards.max_num_seqs):
             raise RequestError(
-                f"{count:,} prompts came at once but {limit + self.config.max_num_seqs:,} may run and wait; "
+                f"{count:,} prompts came at once but {most:,} may run and wait; "
                 "send fewer, or raise max_num_queued_requests"
             )
         if self._num_queued_with(count) > limit:
@@ -302,8 +304,9 @@ class AsyncEngine:
 
     def _num_queued_with(self, count: int) -> int:
         """How many would wait if so many more came. Seats are for whoever comes, but while some wait there are none."""
-        waiting, running = len(self._engine.scheduler.waiting), len(self._engine.scheduler.running)
-        seats = 0 if waiting else self.config.max_num_seqs - running
+        shards = self._engine.shards
+        waiting = shards.num_waiting
+        seats = 0 if waiting else shards.max_num_seqs - shards.num_running
         return waiting + max(0, self._num_arriving + count - seats)
 
     async def _encode(self, request: NewRequest) -> list[int]:

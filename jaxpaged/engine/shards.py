@@ -1,0 +1,135 @@
+"""The data shards: a scheduler with its page pool for each, which of them serves a new request, their counts' sums.
+
+A sequence stays on the shard where it was placed, its forks with it: its pages lie there. Who comes first is told
+within a shard. Without a data axis there is one shard, and nothing here costs anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from jaxpaged.engine.page_map import PageInfo, page_map
+from jaxpaged.engine.page_pool import PagePool
+from jaxpaged.engine.request import Sequence
+from jaxpaged.engine.scheduler import Plan, Scheduler
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of them, in the order in which its rows and pages stand in a step's arrays."""
+
+    index: int
+    scheduler: Scheduler
+
+    @property
+    def pool(self) -> PagePool:
+        """Its own pages."""
+        return self.scheduler.pool
+
+
+class Shards:
+    """All of them."""
+
+    def __init__(self, schedulers: Seq[Scheduler]) -> None:
+        """Each scheduler with a pool of its own; the pools are of one size."""
+        self._shards = [Shard(index, scheduler) for index, scheduler in enumerate(schedulers)]
+        self._loads: list[int] | None = None  # as `place` sees them, until the next step
+
+    def __iter__(self) -> Iterator[Shard]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def add(self, sequence: Sequence) -> Shard:
+        """Queue a sequence, its forks with it, where the fewest tokens are to be held and computed; that shard.
+
+        Those are the tokens of all that run and wait there, pages held by several counted once, and what the prefix
+        cache does not know of this one. So a conversation comes back to its pages unless others crowd that shard by
+        more than they save, and a beginning that all requests share is soon on all shards.
+        """
+        shard = self._shards[0] if len(self) == 1 else self._best(sequence)
+        shard.scheduler.add(sequence)
+        return shard
+
+    def schedule(self) -> list[Plan]:
+        """Every shard's part of the next step."""
+        self._loads = None
+        return [shard.scheduler.schedule() for shard in self]
+
+    def preempt_all(self) -> None:
+        """Take all pages back: every running sequence is computed anew."""
+        for shard in self:
+            shard.scheduler.preempt_all()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; running sequences are not touched."""
+        for shard in self:
+            shard.pool.reset_prefix_cache()
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait, preempted ones included."""
+        return self.sum(lambda shard: len(shard.scheduler.waiting))
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that run."""
+        return self.sum(lambda shard: len(shard.scheduler.running))
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that can run at once."""
+        return self.sum(lambda shard: shard.scheduler.max_num_seqs)
+
+    @property
+    def num_leaked(self) -> int:
+        """Pages held though nothing runs. Looked for where a shard is idle: then what is not free must be cached."""
+        return self.sum(lambda shard: 0 if shard.scheduler.running else shard.pool.num_held)
+
+    def sum(self, count: Callable[[Shard], int]) -> int:
+        """A count of all shards together."""
+        return sum(map(count, self._shards))
+
+    def slots(self) -> tuple[int, int]:
+        """Slots in held pages, and those of them with no token yet: at most the rest of each sequence's last page."""
+        held = wasted = 0
+        for shard in self:
+            size, running = shard.pool.page_size, shard.scheduler.running
+            last = {s.pages[-1]: len(s.pages) * size - s.num_computed_tokens for s in running if s.pages}
+            held += shard.pool.num_held * size
+            wasted += sum(last.values())
+        return held, wasted
+
+    def page_map(self) -> list[PageInfo]:
+        """Who holds which page now; each page under its index in the pools' arrays, where shards stand end to end."""
+        pages = []
+        for shard in self:
+            first = shard.index * shard.pool.num_pages
+            own = page_map(shard.pool, shard.scheduler.running)
+            pages += [info._replace(page=first + info.page) for info in own] if first else own
+        return pages
+
+    def _best(self, sequence: Sequence) -> Shard:
+        if self._loads is None:
+            self._loads = [_load(shard) for shard in self]
+        loads = self._loads
+        found = [_found(shard.pool, sequence) for shard in self]
+        shard = min(self, key=lambda shard: (loads[shard.index] - found[shard.index], -found[shard.index]))
+        loads[shard.index] += sequence.num_tokens
+        return shard
+
+
+def _load(shard: Shard) -> int:
+    """Tokens held by those that run, and those of all that wait."""
+    return shard.pool.num_held * shard.pool.page_size + sum(s.num_tokens for s in shard.scheduler.waiting)
+
+
+def _found(pool: PagePool, sequence: Sequence) -> int:
+    """Tokens of the sequence that the pool's prefix cache knows."""
+    if sequence.is_computed_whole:
+        return 0
+    pages, _ = pool.find(sequence.token_ids, sequence.prefix_salt)
+    return len(pages) * pool.page_size
