@@ -69,7 +69,9 @@ class Matcher:
 
     def look_ahead(self) -> None:
         """Find what is `allowed` next. Raises GrammarError, also where nothing is."""
-        allowed = np.frombuffer(self._state.compute_bitmask(), np.uint32)
+        allowed = np.frombuffer(self._state.compute_bitmask(), np.uint32)[
+            : self._banned.size
+        ]  # it may have a spare word
         if self._state.is_error():
             raise GrammarError(f"the grammar cannot go on: {_one_line(self._state.get_error())}")
         self.allowed = allowed & ~self._banned
