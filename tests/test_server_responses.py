@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import openai
+import pydantic
 import pytest
 from openai.types.responses import Response
 from running_server import running
@@ -100,6 +102,14 @@ def test_a_text_that_ends_is_completed_with_its_logprobs(client):
     assert [entry.token for entry in told] == [entry.token for entry in logprobs]
 
 
+def test_a_text_has_the_form_that_is_asked_for(client):
+    class Fruit(pydantic.BaseModel):
+        name: Literal["banana", "12"]
+
+    answer = client.responses.parse(model="tiny", input="ban", temperature=0, text_format=Fruit)
+    assert answer.output_parsed.name in ("banana", "12") and answer.text.format.type == "json_schema"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_logits_that_are_not_finite_fail_the_response(server, client, stream):
     params = server.inner.params
@@ -120,7 +130,8 @@ def test_logits_that_are_not_finite_fail_the_response(server, client, stream):
         ({"store": True}, "keeps no responses; leave it out"),
         ({"background": True}, "keeps no responses"),
         ({"tools": [{"type": "web_search"}]}, "use /v1/chat/completions"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format is not served"),
+        ({"text": {"format": {"type": "yaml"}}}, "'yaml'; known: text, json_object, json_schema"),
+        ({"text": {"format": 3}}, "text.format is 3"),
         ({"reasoning": {"effort": "high"}}, "reasoning is given, but it is not served"),
         ({"truncation": "auto"}, "only 'disabled' is served"),
         ({"include": ["file_search_call.results"]}, "include names 'file_search_call.results'"),

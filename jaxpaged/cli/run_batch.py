@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jaxpaged.cli.options import add_engine_arguments, engine_options
+from jaxpaged.cli.options import add_engine_arguments, add_generation_config, engine_options
 from jaxpaged.errors import ConfigError
 
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--served-model-name", nargs="+", metavar="TEXT", help="what lines may call the model (default: MODEL)"
     )
+    add_generation_config(group)
     group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
 
 
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from jaxpaged.server import batch_file
         from jaxpaged.server.app import App, ServerOptions
+        from jaxpaged.server.generation_config import sampling_defaults
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("jaxpaged"):
             raise
@@ -41,8 +43,10 @@ def run(args: argparse.Namespace) -> int:
     num_lines = sum(1 for _ in batch_file.lines(args.input_file))  # first: loading takes long
     if args.output_file.exists() and not args.resume:
         raise ConfigError(f"{args.output_file} exists; remove it, or give --resume to go on where it ends")
+    defaults = sampling_defaults(args.generation_config, args.model)
     engine = AsyncEngine.load(args.model, **engine_options(args))
-    app = App(engine, ServerOptions(models=tuple(args.served_model_name or [str(args.model)])))
+    models = tuple(args.served_model_name or [str(args.model)])
+    app = App(engine, ServerOptions(models=models, sampling_defaults=defaults))
     try:
         with tqdm(total=num_lines, unit="line", disable=args.disable_tqdm) as bar:
             work = batch_file.run(app, args.input_file, args.output_file, resume=args.resume, told=bar.update)

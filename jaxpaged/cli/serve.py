@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 
-from jaxpaged.cli.options import add_engine_arguments, engine_options
+from jaxpaged.cli.options import add_engine_arguments, add_generation_config, engine_options
 from jaxpaged.errors import ConfigError
 
 MAX_NUM_QUEUED = 1_024
@@ -45,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-admin", action="store_true", help="serve /pause, /resume, /sleep, /wake_up, /reset_prefix_cache"
     )
+    add_generation_config(group)
+    group.add_argument(
+        "--allowed-origins",
+        type=_origins,
+        default=(),
+        metavar="JSON",
+        help="whose pages may ask from a browser, as in '[\"https://example.org\"]', or '[\"*\"]' (default: none)",
+    )
     group.add_argument("--enable-log-requests", action="store_true", help="a line in the log for each request")
 
 
@@ -54,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--port is {args.port:,}; it must be 0 to {(1 << 16) - 1:,}")
     try:
         from jaxpaged.server.app import App, ServerOptions
+        from jaxpaged.server.generation_config import sampling_defaults
         from jaxpaged.server.serve import listen, serve
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("jaxpaged"):
@@ -62,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxpaged").setLevel(logging.INFO)
+    defaults = sampling_defaults(args.generation_config, args.model)
     found = listen(args.host, args.port)  # first: loading takes long, and a port in use is known at once
     from jaxpaged.server.async_engine import AsyncEngine
 
@@ -77,10 +88,27 @@ def run(args: argparse.Namespace) -> int:
             hang_timeout=args.hang_timeout,
             enable_admin=args.enable_admin,
             log_requests=args.enable_log_requests,
+            sampling_defaults=defaults,
+            allowed_origins=args.allowed_origins,
         ),
     )
     host, port = found.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     print(f"{app.options.models[0]}: {engine.describe()}")
+    if defaults:
+        told = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        print(f"what requests leave out is as the checkpoint says: {told}; --generation-config vllm: as OpenAI's API")
     print(f"listening at http://{where}:{port}{'' if keys else ', no API key needed'}", flush=True)
     return serve(engine, app, found, args.shutdown_timeout)
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(origin, str) and origin for origin in found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of origins; it must be as in '[\"https://example.org\"]'"
+        )
+    return tuple(origin.rstrip("/") for origin in found)

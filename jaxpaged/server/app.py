@@ -8,8 +8,8 @@ import binascii
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
@@ -25,6 +25,8 @@ from jaxpaged.server.async_engine import AsyncEngine
 from jaxpaged.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
 from jaxpaged.server.faults import Fault, fault_of
 from jaxpaged.server.metrics import Metrics
+from jaxpaged.server.openapi import document
+from jaxpaged.server.origins import Origins
 from jaxpaged.server.pool_view import PoolView
 from jaxpaged.server.protocol import (
     ChatRequest,
@@ -53,6 +55,8 @@ class ServerOptions:
     body_timeout: float = 60.0
     enable_admin: bool = False
     log_requests: bool = False
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of requests that say nothing themselves
+    allowed_origins: tuple[str, ...] = ()
 
 
 class App:
@@ -65,6 +69,7 @@ class App:
         self.num_active = 0
         """Requests that the engine works for."""
         self._created = int(time.time())
+        self._origins = Origins(options.allowed_origins)
         self._pool_view = PoolView(engine)
         self._page = files("jaxpaged.server").joinpath("static", "index.html").read_bytes()
         self._routes: dict[str, dict[str, Handler]] = {
@@ -83,6 +88,7 @@ class App:
             "/metrics": {"GET": self._metrics},
             "/load": {"GET": self._load},
             "/pool": {"GET": self._pool},
+            "/openapi.json": {"GET": self._openapi},
         }
         if options.enable_admin:
             self._routes |= {
@@ -97,8 +103,12 @@ class App:
         """One request. Whatever happens, it is answered once, unless the client has gone."""
         exchange = Exchange(scope, receive, send)
         try:
+            exchange.common_headers = self._origins.headers(exchange)
+            if (told := self._origins.preflight(exchange)) is not None:
+                await exchange.reply(b"", 204, headers=told)
+                return
             self._check_key(exchange)
-            _check_origin(exchange)
+            self._origins.check(exchange)
             handler = self._route(exchange)
             if exchange.method in ("GET", "HEAD"):
                 await handler(exchange, b"")
@@ -146,7 +156,7 @@ class App:
     async def _completions(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), CompletionRequest)
         model = self._model(request.model)
-        params = generation.completion_params(request)
+        params = generation.completion_params(request, self.options.sampling_defaults)
         prompts = generation.completion_prompts(request.prompt)
         form = generation.CompletionForm(request, self.engine)
         await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observe)
@@ -154,7 +164,7 @@ class App:
     async def _chat(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), ChatRequest)
         model = self._model(request.model)
-        params = generation.chat_params(request)
+        params = generation.chat_params(request, self.options.sampling_defaults)
         turn = request.add_generation_prompt is not False
         token_ids = await self.engine.offload(self._encode_chat, request.messages, turn)
         form = generation.ChatForm(request, self.engine)
@@ -163,7 +173,8 @@ class App:
 
     async def _responses(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), ResponseRequest)
-        model, params = self._model(request.model), responses.response_params(request)
+        model = self._model(request.model)
+        params = responses.response_params(request, self.options.sampling_defaults)
         token_ids = await self.engine.offload(self._encode_chat, responses.messages_of(request), True)
         await responses.answer(exchange, self.engine, request, model, token_ids, params, self._observe)
 
@@ -268,6 +279,9 @@ class App:
         kind = "text/plain; version=0.0.4; charset=utf-8"
         await exchange.reply(self.metrics.text(await self.stats()), kind=kind)
 
+    async def _openapi(self, exchange: Exchange, body: bytes) -> None:
+        await exchange.reply_json(document(self._routes, has_keys=bool(self.options.api_keys)))
+
     async def _load(self, exchange: Exchange, body: bytes) -> None:
         await exchange.reply_json({"server_load": self.engine.num_open})
 
@@ -339,12 +353,6 @@ def _json(exchange: Exchange, body: bytes) -> bytes:
     if kind != b"application/json":
         raise Fault(415, f"the body is {kind.decode('latin-1') or 'of no type'}; send `Content-Type: application/json`")
     return body
-
-
-def _check_origin(exchange: Exchange) -> None:
-    """Browsers say where a request comes from; none from another site's page may make this server work."""
-    if exchange.method == "POST" and exchange.headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
-        raise Fault(403, "pages of other sites are not answered; ask from the page at /, or from a program")
 
 
 def _given_key(header: bytes) -> bytes:

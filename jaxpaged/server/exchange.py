@@ -33,6 +33,8 @@ class Exchange:
         self.query: dict[str, str] = dict(parse_qsl(scope["query_string"].decode("latin-1")))
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.started = False
+        self.common_headers: dict[str, str] = {}
+        """Of any answer to it."""
         self._receive, self._send = receive, send
 
     async def body(self, timeout: float) -> bytes:
@@ -86,7 +88,8 @@ class Exchange:
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
         self.started = True
-        encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        told = (self.common_headers | dict(headers)).items()
+        encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in told]
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
 

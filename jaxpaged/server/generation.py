@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from jaxpaged.engine.report import OutputKind
@@ -238,18 +238,21 @@ class ChatForm:
         return part
 
 
-def completion_params(request: CompletionRequest) -> SamplingParams:
+def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
     """Echoed logprobs are those of the prompt too; to score a prompt, one token is made and dropped."""
     wanted = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         wanted = max(wanted or 0, request.logprobs)
     if request.stream and request.best_of is not None and request.best_of > (request.n or 1):
         raise RequestError(f"best_of is {request.best_of:,} and stream is true; the best are known only in the end")
-    max_tokens = SamplingParams.max_tokens if request.max_tokens is None else request.max_tokens
+    max_tokens = request.max_tokens
+    if max_tokens is None and "max_tokens" not in defaults:
+        max_tokens = SamplingParams.max_tokens
     if request.echo and max_tokens == 0:
         max_tokens = 1
     return sampling_params(
         request,
+        defaults,
         max_tokens=max_tokens,
         logprobs=request.logprobs,
         prompt_logprobs=wanted,
@@ -257,13 +260,14 @@ def completion_params(request: CompletionRequest) -> SamplingParams:
     )
 
 
-def chat_params(request: ChatRequest) -> SamplingParams:
+def chat_params(request: ChatRequest, defaults: Mapping[str, Any]) -> SamplingParams:
     """An answer may be as long as the model allows, unless it is bounded."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError(f"top_logprobs is {request.top_logprobs} but logprobs is not true; set it")
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     return sampling_params(
         request,
+        defaults,
         max_tokens=most,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,

@@ -6,7 +6,7 @@ asks for nothing; fields that nobody knows are ignored, as other servers do.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -197,8 +197,12 @@ def decode(body: bytes, kind: type[R]) -> R:
         raise RequestError(f"the body is not JSON: {error}") from None
 
 
-def sampling_params(request: Generation, **given: Any) -> SamplingParams:
-    """The parameters of a request; `given` are those whose meaning differs between endpoints. Raises RequestError."""
+def sampling_params(
+    request: Generation, defaults: Mapping[str, Any], *, max_tokens: int | None, **given: Any
+) -> SamplingParams:
+    """The parameters of a request, then the server's `defaults`; `given` are those whose meaning differs between
+    endpoints. Raises RequestError.
+    """
     refuse_unserved(request)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is given but stream is not true; set it, or leave stream_options out")
@@ -218,7 +222,9 @@ def sampling_params(request: Generation, **given: Any) -> SamplingParams:
     if request.logit_bias:
         fields["logit_bias"] = {_token_id(token): bias for token, bias in request.logit_bias.items()}
     fields["structured_outputs"] = form_of(request)
-    return SamplingParams(**fields | given)
+    if max_tokens is not None:
+        fields["max_tokens"] = max_tokens
+    return SamplingParams(**{"max_tokens": None} | dict(defaults) | fields | given)
 
 
 def refuse_unserved(request: Unserved) -> None:

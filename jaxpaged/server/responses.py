@@ -42,7 +42,7 @@ TEXT_PARTS = ("input_text", "output_text", "text")
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 
 
-def response_params(request: ResponseRequest) -> SamplingParams:
+def response_params(request: ResponseRequest, defaults: Mapping[str, Any]) -> SamplingParams:
     """A response may be as long as the model allows, unless it is bounded. Raises RequestError."""
     for name, what in REFUSED.items():
         if asked := getattr(request, name):
@@ -51,15 +51,22 @@ def response_params(request: ResponseRequest) -> SamplingParams:
             raise RequestError(f"{name} is given, but {what}")
     if request.truncation not in (None, "disabled"):
         raise RequestError(f"truncation is {request.truncation!r}; only 'disabled' is served: shorten the input")
-    if request.text is not None and request.text.format not in (None, {"type": "text"}):
-        raise RequestError("text.format is not served here; use response_format of /v1/chat/completions")
+    match request.text.format if request.text is not None else None:
+        case {"type": "json_schema", **schema}:
+            request.response_format = {"type": "json_schema", "json_schema": schema}
+        case dict(other):
+            request.response_format = other
+        case None:
+            pass
+        case other:
+            raise RequestError(f"text.format is {other!r:.60}; it must be as in {{'type': 'text'}}")
     if request.n not in (None, 1):
         raise RequestError(f"n is {request.n:,}; a response has one text, leave it out")
     include = request.include or []
     if unknown := [name for name in include if name not in (LOGPROBS, *MEANS_NOTHING)]:
         raise RequestError(f"include names {unknown[0]!r}; served: {LOGPROBS}")
     wanted = (request.top_logprobs or 0) if LOGPROBS in include or request.top_logprobs else None
-    return sampling_params(request, max_tokens=request.max_output_tokens, logprobs=wanted)
+    return sampling_params(request, defaults, max_tokens=request.max_output_tokens, logprobs=wanted)
 
 
 def messages_of(request: ResponseRequest) -> list[Message]:
@@ -153,7 +160,7 @@ class Writer:
             "previous_response_id": None,
             "store": False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (request.text and request.text.format) or {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
             "top_logprobs": request.top_logprobs or 0,
