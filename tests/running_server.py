@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 
@@ -16,6 +16,9 @@ from jaxpaged.engine.engine import Engine
 from jaxpaged.server.app import App, ServerOptions
 from jaxpaged.server.async_engine import AsyncEngine
 from jaxpaged.server.serve import listen, make_server
+
+if TYPE_CHECKING:
+    from jaxpaged.server.tracing import Tracing
 
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "num_pages": 129, "page_size": 4, "warmup": False}
 
@@ -40,9 +43,11 @@ class RunningServer(NamedTuple):
 
 
 @contextmanager
-def running(folder: Path, *, queued: int | None = None, **options: Any) -> Iterator[RunningServer]:
+def running(
+    folder: Path, *, queued: int | None = None, tracing: Tracing | None = None, **options: Any
+) -> Iterator[RunningServer]:
     engine = AsyncEngine.load(folder, max_num_queued_requests=queued, **SMALL)
-    app = App(engine, ServerOptions(models=("tiny", "tiny-too"), **options))
+    app = App(engine, ServerOptions(models=("tiny", "tiny-too"), **options), tracing)
     server, found = make_server(app), listen("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[found])))
     thread.start()

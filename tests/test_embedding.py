@@ -79,6 +79,13 @@ def test_a_text_begun_anew_counts_no_token_twice(pooling):
     np.testing.assert_allclose(outputs[0].embedding, dense(LONG, pooling, other), atol=ATOL)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_on_a_mesh_embeddings_are_the_same(pooling):
+    vectors = make(tensor_parallel_size=2, data_parallel_size=2).embed(TEXTS, pooling, normalize=False, use_tqdm=False)
+    np.testing.assert_allclose(vectors, np.stack([dense(text, pooling) for text in TEXTS]), atol=ATOL)
+
+
 def test_a_text_may_be_as_long_as_the_model_allows(llm):
     text = (LONG + LONG)[:LENGTH]
     np.testing.assert_allclose(llm.embed([text], normalize=False)[0], dense(text, "mean"), atol=ATOL)
@@ -102,6 +109,7 @@ def test_logits_that_are_not_finite_make_nans_of_that_text_alone():
     np.testing.assert_allclose(vectors[2], dense(good, "mean"), atol=ATOL)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_embeddings_are_transformers_last_hidden_states(tmp_path):
     import torch

@@ -6,9 +6,13 @@ import argparse
 import json
 import logging
 import os
+from typing import TYPE_CHECKING
 
 from jaxpaged.cli.options import add_engine_arguments, add_generation_config, engine_options
 from jaxpaged.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxpaged.server.tracing import Tracing
 
 MAX_NUM_QUEUED = 1_024
 
@@ -54,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="whose pages may ask from a browser, as in '[\"https://example.org\"]', or '[\"*\"]' (default: none)",
     )
+    group.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send a span of each request there, as OTLP over HTTP: http://localhost:4318/v1/traces (default: none)",
+    )
     group.add_argument("--enable-log-requests", action="store_true", help="a line in the log for each request")
 
 
@@ -72,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxpaged").setLevel(logging.INFO)
-    defaults = sampling_defaults(args.generation_config, args.model)
+    defaults, tracing = sampling_defaults(args.generation_config, args.model), _tracing(args.otlp_traces_endpoint)
     found = listen(args.host, args.port)  # first: loading takes long, and a port in use is known at once
     from jaxpaged.server.async_engine import AsyncEngine
 
@@ -91,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
             sampling_defaults=defaults,
             allowed_origins=args.allowed_origins,
         ),
+        tracing,
     )
     host, port = found.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
@@ -99,7 +109,22 @@ def run(args: argparse.Namespace) -> int:
         told = ", ".join(f"{name} {value}" for name, value in defaults.items())
         print(f"what requests leave out is as the checkpoint says: {told}; --generation-config vllm: as OpenAI's API")
     print(f"listening at http://{where}:{port}{'' if keys else ', no API key needed'}", flush=True)
-    return serve(engine, app, found, args.shutdown_timeout)
+    status = serve(engine, app, found, args.shutdown_timeout)
+    if tracing is not None:
+        tracing.close()
+    return status
+
+
+def _tracing(endpoint: str | None) -> Tracing | None:
+    if endpoint is None:
+        return None
+    try:
+        from jaxpaged.server.tracing import Tracing
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("jaxpaged"):
+            raise
+        raise ConfigError(f"{error.name} is not installed; run pip install 'jaxpaged[otel]'") from None
+    return Tracing(endpoint)
 
 
 def _origins(text: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxpaged.engine.chat_template import Message
 from jaxpaged.engine.engine import Engine
@@ -38,6 +38,9 @@ from jaxpaged.server.protocol import (
     decode,
 )
 
+if TYPE_CHECKING:
+    from jaxpaged.server.tracing import Tracing
+
 log = logging.getLogger("jaxpaged")
 
 OPEN_PATHS = ("/health", "/ping")  # load balancers have no key
@@ -62,8 +65,8 @@ class ServerOptions:
 class App:
     """Answers requests with one engine."""
 
-    def __init__(self, engine: AsyncEngine, options: ServerOptions) -> None:
-        self.engine, self.options = engine, options
+    def __init__(self, engine: AsyncEngine, options: ServerOptions, tracing: Tracing | None = None) -> None:
+        self.engine, self.options, self._tracing = engine, options, tracing
         self.metrics = Metrics(options.models[0])
         self.draining = False
         self.num_active = 0
@@ -159,7 +162,7 @@ class App:
         params = generation.completion_params(request, self.options.sampling_defaults)
         prompts = generation.completion_prompts(request.prompt)
         form = generation.CompletionForm(request, self.engine)
-        await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observe)
+        await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observer(exchange))
 
     async def _chat(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), ChatRequest)
@@ -169,22 +172,33 @@ class App:
         token_ids = await self.engine.offload(self._encode_chat, request.messages, turn)
         form = generation.ChatForm(request, self.engine)
         prompts = [(token_ids, None)]
-        await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observe)
+        await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observer(exchange))
 
     async def _responses(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), ResponseRequest)
         model = self._model(request.model)
         params = responses.response_params(request, self.options.sampling_defaults)
         token_ids = await self.engine.offload(self._encode_chat, responses.messages_of(request), True)
-        await responses.answer(exchange, self.engine, request, model, token_ids, params, self._observe)
+        await responses.answer(exchange, self.engine, request, model, token_ids, params, self._observer(exchange))
 
     async def _embeddings(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), EmbeddingRequest)
-        await embeddings.answer(exchange, self.engine, request, self._model(request.model), self._observe)
+        await embeddings.answer(exchange, self.engine, request, self._model(request.model), self._observer(exchange))
 
     def _encode_chat(self, messages: Sequence[Message], turn: bool) -> list[int]:
         tokenizer = self._tokenizer()
         return tokenizer.encode_chat(messages, turn, max_characters=self._max_characters(tokenizer))
+
+    def _observer(self, exchange: Exchange) -> generation.Observer:
+        """Told of each request that was made for this exchange."""
+        if (tracing := self._tracing) is None:
+            return self._observe
+
+        def observe(output: RequestOutput, num_generated: int) -> None:
+            self._observe(output, num_generated)
+            tracing.observe(output, num_generated, self.options.models[0], exchange.headers)
+
+        return observe
 
     def _observe(self, output: RequestOutput, num_generated: int) -> None:
         times = output.metrics
