@@ -157,7 +157,7 @@ def test_request_whose_tokens_cannot_be_read_ends_alone(engine, monkeypatch, cap
 
 def test_request_id_in_use_is_refused_and_its_owner_unharmed(engine):
     async def run():
-        owner = engine.generate(PROMPTS[0], SHORT, "mine")
+        owner = engine.generate(PROMPTS[0], LONG, "mine")
         await anext(owner)
         with pytest.raises(RequestError, match="'mine' is in use"):
             await collect(engine, PROMPTS[1], request_id="mine")
