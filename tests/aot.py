@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -119,11 +120,11 @@ def compile_for(
 
 
 @functools.cache
-def mesh(gpu: str, num_devices: int, axis: str) -> Mesh:
-    """So many of these GPUs in one host, along one axis."""
-    target, topology = _TARGET.format(**_GPUS[gpu]), f"1x1x{num_devices}"
+def mesh(gpu: str, **axes: int) -> Mesh:
+    """A mesh of these axes, of GPUs in one host."""
+    target, topology = _TARGET.format(**_GPUS[gpu]), f"1x1x{math.prod(axes.values())}"
     found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology)
-    return topologies.make_mesh(found, (num_devices,), (axis,))
+    return topologies.make_mesh(found, tuple(axes.values()), tuple(axes))
 
 
 @functools.cache

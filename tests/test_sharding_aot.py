@@ -5,21 +5,23 @@ Skipped where the compiler's wheels are absent; `make test-aot` installs them in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import aot
 import jax
 import jax.numpy as jnp
 import pytest
-from hlo import Moved, moved
+from hlo import Moved, groups, moved
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from jaxpaged import EngineConfig
 from jaxpaged.engine.batch import Bucket
 from jaxpaged.engine.forecast import Forecaster
 from jaxpaged.engine.runner import Runner
 from jaxpaged.model.params import map_specs
-from jaxpaged.model.sharding import Placement
+from jaxpaged.model.sharding import Placement, ShardingRules
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
 
 pytestmark = [
@@ -42,20 +44,32 @@ LLAMA = Decoder(  # Llama 3 8B, but for the number of layers
 POOL_BYTES = LAYERS * 4096 * 16 * 2 * 8 * 128 * 2
 
 
-def compiled(num_devices: int, function: Callable[[Runner], Any]) -> Any:
-    """What `function` asks a runner on so many H200s for. The runner has shapes of weights, and no pool."""
-    mesh = aot.mesh("H200", num_devices, "model")
+@pytest.fixture(autouse=True, scope="module")
+def no_compilation_cache() -> Iterator[None]:
+    """A program for a device that is not there can be written to the cache, and not read again."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()
+
+
+@cache
+def compiled(num_devices: int, name: str, size: int | Bucket, data: int = 1) -> Any:
+    """A runner's function for so many H200s, `data` times over. The runner has shapes of weights, and no pool."""
+    mesh = aot.mesh("H200", data=data, model=num_devices)
+    rules = ShardingRules(data="data" if data > 1 else None)
     settings: dict[str, Any] = {"max_num_seqs": ROWS, "max_num_batched_tokens": ROWS + 512, "max_model_len": 4096}
     config = EngineConfig(tensor_parallel_size=num_devices, num_pages=4096, **settings)
     params = map_specs(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), LLAMA)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return function(Runner(LLAMA, params, config, Placement(mesh)))
+        return getattr(Runner(LLAMA, params, config, Placement(mesh, rules)), f"_{name}")(size)
 
 
 @pytest.mark.parametrize("num_devices", [4, 8])
 @pytest.mark.parametrize("bucket", [Bucket(ROWS, 0, 0), Bucket(ROWS, 512, 16)], ids=["decode", "mixed"])
 def test_a_step_sums_twice_a_layer_and_once_for_the_embedding_and_moves_nothing_else(bucket, num_devices):
-    step = compiled(num_devices, lambda runner: runner._forward(bucket))
+    step = compiled(num_devices, "forward", bucket)
     found = moved(step.as_text())
     assert found == {Moved("all-reduce", "bf16", (bucket.num_tokens, 4096)): 2 * LAYERS + 1}
     memory = step.memory_analysis()
@@ -73,8 +87,20 @@ def test_a_step_sums_twice_a_layer_and_once_for_the_embedding_and_moves_nothing_
     ("name", "num_devices"), [("sample", 4), ("sample", 8), ("logprobs", 8), ("edit", 8), ("restrict", 8)]
 )
 def test_what_follows_a_step_moves_no_row_of_logits(name, num_devices):
-    function = compiled(num_devices, lambda runner: getattr(runner, f"_{name}")(ROWS))
+    function = compiled(num_devices, name, ROWS)
     largest = max((array.size for array in moved(function.as_text())), default=0)
     most = {"sample": ROWS * (VOCAB // 128 + num_devices), "logprobs": ROWS * 20 * num_devices, "edit": 4096}
     assert largest <= most.get(name, 0) < ROWS * VOCAB // num_devices
     assert function.memory_analysis().temp_size_in_bytes < 4 * ROWS * VOCAB
+
+
+@pytest.mark.parametrize("name", ["forward", "sample"])
+def test_data_shards_do_what_one_does_and_no_word_passes_between_them(name):
+    size = Bucket(ROWS, 512, 16) if name == "forward" else ROWS
+    alone, both = (compiled(4, name, size, data) for data in (1, 2))
+    assert moved(alone.as_text()) == moved(both.as_text())
+    assert groups(both.as_text())
+    assert all(max(group) < 4 or min(group) >= 4 for group in groups(both.as_text()))
+    alone, both = alone.memory_analysis(), both.memory_analysis()
+    assert alone.alias_size_in_bytes == both.alias_size_in_bytes
+    assert abs(alone.temp_size_in_bytes - both.temp_size_in_bytes) < 1 << 16
