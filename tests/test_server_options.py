@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 from running_server import running
 from tiny_chat_model import write_chat_model
@@ -147,7 +148,40 @@ def test_the_openapi_document_names_every_route_and_its_references_resolve(serve
     named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert named <= set(schemas) and {"ChatRequest", "CompletionRequest", "Error"} <= named
     fields = schemas["CompletionRequest"]
-    assert fields["required"] == ["prompt"] and {"type": "number"} in fields["properties"]["temperature"]["anyOf"]
+    assert fields["required"] == ["prompt"] and "use_beam_search" not in fields["properties"]
+    assert {"type": "number", "minimum": 0} in fields["properties"]["temperature"]["anyOf"]
+
+
+SERVED = [
+    ("CompletionRequest", COMPLETIONS, {"prompt": "ban", "n": 2, "logit_bias": {"3": 1.5}, "stop": "x"}),
+    ("CompletionRequest", COMPLETIONS, {"prompt": [[1, 2], [3]], "echo": True, "logprobs": 20, "max_tokens": 1}),
+    ("ChatRequest", CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "ban"}]}]}),
+    ("EmbeddingRequest", "/v1/embeddings", {"model": None, "input": ["a", "b"], "encoding_format": "base64"}),
+    ("ResponseRequest", "/v1/responses", {"input": "ban", "top_logprobs": 3}),
+    ("DetokenizeRequest", "/detokenize", {"tokens": []}),
+]
+REFUSED = [
+    ("CompletionRequest", COMPLETIONS, {"prompt": []}),
+    ("CompletionRequest", COMPLETIONS, {"prompt": ["a", 1]}),
+    ("CompletionRequest", COMPLETIONS, {"prompt": [99_999]}),
+    ("CompletionRequest", COMPLETIONS, {"prompt": "a", "top_p": 0}),
+    ("CompletionRequest", COMPLETIONS, {"prompt": "a", "n": 129}),
+    ("CompletionRequest", COMPLETIONS, {"prompt": "a", "logprobs": 21}),
+    ("CompletionRequest", COMPLETIONS, {"prompt": "a", "bad_words": ["a"] * 257}),
+    ("ChatRequest", CHAT, {"messages": []}),
+    ("EmbeddingRequest", "/v1/embeddings", {"input": "a", "model": "other"}),
+    ("DetokenizeRequest", "/detokenize", {"tokens": [-1]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "asked", "is_served"), [(*c, True) for c in SERVED] + [(*c, False) for c in REFUSED]
+)
+def test_the_document_allows_what_is_served_and_no_more(server, name, path, asked, is_served):
+    document = server.http.get("/openapi.json").json()
+    schema = document | {"$ref": f"#/components/schemas/{name}"}
+    assert jsonschema.Draft202012Validator(schema).is_valid(asked) == is_served
+    assert (server.post(path, **asked).status_code == 200) == is_served
 
 
 def test_admin_routes_are_not_described_where_there_are_none(folder):

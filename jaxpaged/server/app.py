@@ -294,7 +294,9 @@ class App:
         await exchange.reply(self.metrics.text(await self.stats()), kind=kind)
 
     async def _openapi(self, exchange: Exchange, body: bytes) -> None:
-        await exchange.reply_json(document(self._routes, has_keys=bool(self.options.api_keys)))
+        names, has_keys = self.options.models, bool(self.options.api_keys)
+        found = document(self._routes, models=names, vocab_size=self.engine.vocab_size, has_keys=has_keys)
+        await exchange.reply_json(found)
 
     async def _load(self, exchange: Exchange, body: bytes) -> None:
         await exchange.reply_json({"server_load": self.engine.num_open})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import msgspec
 
 from jaxpaged.server import protocol
 from jaxpaged.server.answers import Json
+from jaxpaged.server.openapi_fields import refined
 
 
 class Operation(NamedTuple):
@@ -77,12 +78,12 @@ _ERROR: Json = {
 }
 
 
-def document(paths: Collection[str], *, has_keys: bool) -> Json:
-    """The document of a server that answers at these paths."""
+def document(paths: Collection[str], *, models: Sequence[str], vocab_size: int, has_keys: bool) -> Json:
+    """The document of a server that answers at these paths, to these models' names."""
     served = {path: operations for path, operations in OPERATIONS.items() if path in paths}
     kinds = [o.request for operations in served.values() for o in operations.values() if o.request is not None]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    components: Json = {"schemas": {**schemas, "Error": _ERROR}}
+    components: Json = {"schemas": refined(schemas, models, vocab_size) | {"Error": _ERROR}}
     found: Json = {
         "openapi": "3.1.0",
         "info": {"title": "jaxpaged", "version": version("jaxpaged")},
