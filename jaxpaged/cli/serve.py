@@ -48,6 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds in one step after which /health says 503 (default: %(default)s)",
     )
     group.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model writes calls of tools: hermes, llama3_json, mistral, pythonic, qwen or qwen3_coder "
+        "(default: as its chat template says)",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        metavar="NAME",
+        help="tell thoughts apart from the answer: qwen3 where a mark opens them, deepseek_r1 where every answer "
+        "begins with them (default: they are part of the answer)",
+    )
+    group.add_argument(
         "--enable-admin", action="store_true", help="serve /pause, /resume, /sleep, /wake_up, /reset_prefix_cache"
     )
     add_generation_config(group)
@@ -79,6 +91,17 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise ConfigError(f"{error.name} is not installed; run pip install 'jaxpaged[serve]'") from None
 
+    from jaxpaged.server.chat import REASONING_PARSERS, Parsers
+    from jaxpaged.server.tool_formats import FORMATS
+
+    parsers = Parsers(args.tool_call_parser, args.reasoning_parser)
+    for flag, name, known in (
+        ("--tool-call-parser", parsers.tools, FORMATS),
+        ("--reasoning-parser", parsers.reasoning, REASONING_PARSERS),
+    ):
+        if name is not None and name not in known:
+            raise ConfigError(f"{flag} is {name!r}; known: {', '.join(known)}")
+
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxpaged").setLevel(logging.INFO)
     defaults, tracing = sampling_defaults(args.generation_config, args.model), _tracing(args.otlp_traces_endpoint)
@@ -99,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
             log_requests=args.enable_log_requests,
             sampling_defaults=defaults,
             allowed_origins=args.allowed_origins,
+            parsers=parsers,
         ),
         tracing,
     )

@@ -84,12 +84,14 @@ class Tokenizer:
     ) -> list[int]:
         """The token ids of the rendered conversation; the template itself writes the special tokens.
 
-        Those written in a message's content are text like any other: whoever writes a message cannot end it, or begin
-        another's. Raises RequestError, also where the conversation has over `max_characters`.
+        Those written in a message, or in what is given beside messages, are text like any other: whoever writes a
+        message cannot end it, or begin another's. Raises RequestError, also where the conversation has over
+        `max_characters`.
         """
         opening, closing = (f"\ufdd0{secrets.token_hex(8)}" for _ in range(2))
         marked = [self._marked(message, opening, closing) for message in messages]
-        text = self.render_chat(marked, add_generation_prompt, **variables)
+        given = {name: self._marked(value, opening, closing) for name, value in variables.items()}
+        text = self.render_chat(marked, add_generation_prompt, **given)
         if max_characters is not None and len(text) > max_characters:
             raise RequestError(
                 f"the messages have {len(text):,} characters but {max_characters:,} can fit the model's length; "
@@ -97,6 +99,7 @@ class Tokenizer:
             )
         pieces = re.split(f"{opening}(.*?){closing}", text)
         is_marked = any(one is not other for one, other in zip(marked, messages, strict=True))
+        is_marked = is_marked or any(given[name] is not value for name, value in variables.items())
         if is_marked and "".join(pieces) != self.render_chat(messages, add_generation_prompt, **variables):
             raise RequestError(
                 "a message holds special tokens, and the chat template does more with it than to write it down; "
@@ -110,24 +113,20 @@ class Tokenizer:
                 token_ids += self.encode(piece, add_special_tokens=False)
         return token_ids
 
-    def _marked(self, message: Message, opening: str, closing: str) -> Message:
-        """The message with every special token in its content between the marks, or itself where there is none."""
-
-        def mark(text: Any) -> Any:
-            if not isinstance(text, str) or not any(special in text for special in self._special_texts):
-                return text
-            return self._special_pattern.sub(lambda found: f"{opening}{found[0]}{closing}", text)
-
-        content = message.get("content") if hasattr(message, "get") else None  # what is no message is refused later
-        if isinstance(content, str):
-            marked = mark(content)
-            return message if marked is content else dict(message) | {"content": marked}
-        if isinstance(content, Sequence):
-            parts = [
-                dict(p) | {"text": mark(p["text"])} if isinstance(p, Mapping) and "text" in p else p for p in content
-            ]
-            return dict(message) | {"content": parts}
-        return message
+    def _marked(self, value: Any, opening: str, closing: str) -> Any:
+        """The value with every special token in its texts between the marks, or itself where there is none."""
+        if isinstance(value, str):
+            if not any(special in value for special in self._special_texts):
+                return value
+            return self._special_pattern.sub(lambda found: f"{opening}{found[0]}{closing}", value)
+        if isinstance(value, Mapping):
+            pairs = {self._marked(k, opening, closing): self._marked(v, opening, closing) for k, v in value.items()}
+            same = all(k in value and v is value[k] for k, v in pairs.items())
+            return value if same else pairs
+        if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+            parts = [self._marked(part, opening, closing) for part in value]
+            return value if all(one is other for one, other in zip(parts, value, strict=True)) else parts
+        return value
 
     @cached_property
     def _special_texts(self) -> list[str]:

@@ -20,7 +20,7 @@ from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import EngineDeadError, RequestError
 from jaxpaged.outputs import RequestOutput
-from jaxpaged.server import embeddings, generation, responses
+from jaxpaged.server import chat, embeddings, generation, responses
 from jaxpaged.server.async_engine import AsyncEngine
 from jaxpaged.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
 from jaxpaged.server.faults import Fault, fault_of
@@ -60,6 +60,7 @@ class ServerOptions:
     log_requests: bool = False
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of requests that say nothing themselves
     allowed_origins: tuple[str, ...] = ()
+    parsers: chat.Parsers = field(default_factory=chat.Parsers)
 
 
 class App:
@@ -167,27 +168,29 @@ class App:
     async def _chat(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), ChatRequest)
         model = self._model(request.model)
-        params = generation.chat_params(request, self.options.sampling_defaults)
+        asked = chat.understood(request, self.engine.tokenizer, self.options.parsers, self.options.sampling_defaults)
         turn = request.add_generation_prompt is not False
-        token_ids = await self.engine.offload(self._encode_chat, request.messages, turn)
-        form = generation.ChatForm(request, self.engine)
+        token_ids = await self.engine.offload(self._encode_chat, asked.messages, turn, asked.variables)
+        form = chat.ChatForm(asked, self.engine.tokenizer)
         prompts = [(token_ids, None)]
-        await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observer(exchange))
+        await generation.answer(
+            exchange, self.engine, request, model, prompts, asked.params, form, self._observer(exchange)
+        )
 
     async def _responses(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), ResponseRequest)
         model = self._model(request.model)
         params = responses.response_params(request, self.options.sampling_defaults)
-        token_ids = await self.engine.offload(self._encode_chat, responses.messages_of(request), True)
+        token_ids = await self.engine.offload(self._encode_chat, responses.messages_of(request), True, {})
         await responses.answer(exchange, self.engine, request, model, token_ids, params, self._observer(exchange))
 
     async def _embeddings(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), EmbeddingRequest)
         await embeddings.answer(exchange, self.engine, request, self._model(request.model), self._observer(exchange))
 
-    def _encode_chat(self, messages: Sequence[Message], turn: bool) -> list[int]:
+    def _encode_chat(self, messages: Sequence[Message], turn: bool, variables: Mapping[str, Any]) -> list[int]:
         tokenizer = self._tokenizer()
-        return tokenizer.encode_chat(messages, turn, max_characters=self._max_characters(tokenizer))
+        return tokenizer.encode_chat(messages, turn, max_characters=self._max_characters(tokenizer), **variables)
 
     def _observer(self, exchange: Exchange) -> generation.Observer:
         """Told of each request that was made for this exchange."""
@@ -223,7 +226,7 @@ class App:
             raise RequestError("give either prompt or messages")
         if request.messages is not None:
             turn = request.add_generation_prompt is not False
-            token_ids = await self.engine.offload(self._encode_chat, request.messages, turn)
+            token_ids = await self.engine.offload(self._encode_chat, request.messages, turn, {})
         else:
             special = request.add_special_tokens is not False
             token_ids = await self.engine.offload(self._encode, request.prompt, special)

@@ -14,14 +14,13 @@ from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.server.answers import (
     Json,
     TokenNames,
-    chat_logprobs,
     completion_logprobs,
     prompt_logprobs,
     usage,
 )
 from jaxpaged.server.async_engine import AsyncEngine, Inbox, NewRequest
 from jaxpaged.server.exchange import Exchange, event
-from jaxpaged.server.protocol import MAX_PROMPTS, ChatRequest, CompletionRequest, Generation, sampling_params
+from jaxpaged.server.protocol import MAX_PROMPTS, CompletionRequest, Generation, sampling_params
 
 Observer = Callable[[RequestOutput, int], None]
 """Told of each request that has finished, and how many tokens were generated for it."""
@@ -196,48 +195,6 @@ class CompletionForm:
         return self.names.tokenizer.token_text(token) if self.names.tokenizer else ""
 
 
-class ChatForm:
-    """What /v1/chat/completions writes."""
-
-    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, request: ChatRequest, engine: AsyncEngine) -> None:
-        self.request = request
-        self.names = TokenNames(engine.tokenizer, bool(request.return_tokens_as_token_ids))
-
-    def choice(self, index: int, completion: CompletionOutput, output: RequestOutput) -> Json:
-        """A completion that has ended."""
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        return self._common(index, completion, output, True) | {"message": message}
-
-    def parts(self, index: int, completion: CompletionOutput, output: RequestOutput, is_first: bool) -> list[Json]:
-        """What is new of a completion; before the first comes whose turn it is."""
-        opening: list[Json] = []
-        if is_first:
-            role = {"role": "assistant", "content": ""}
-            opening = [{"index": index, "delta": role, "logprobs": None, "finish_reason": None}]
-        delta = {"content": completion.text} if completion.text else {}
-        return [*opening, self._common(index, completion, output, is_first) | {"delta": delta}]
-
-    def _common(self, index: int, completion: CompletionOutput, output: RequestOutput, is_first: bool) -> Json:
-        part: Json = {
-            "index": index,
-            "logprobs": None,
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
-        }
-        if completion.logprobs is not None:
-            wanted = self.request.top_logprobs or 0
-            content = chat_logprobs(completion.token_ids, completion.logprobs, self.names, wanted)
-            part["logprobs"] = {"content": content, "refusal": None}
-        if self.request.return_token_ids:
-            tokens = {"token_ids": completion.token_ids}
-            part |= tokens | ({"prompt_token_ids": output.prompt_token_ids} if is_first else {})
-        if self.request.prompt_logprobs is not None and is_first:
-            part["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
-        return part
-
-
 def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
     """Echoed logprobs are those of the prompt too; to score a prompt, one token is made and dropped."""
     wanted = request.prompt_logprobs
@@ -257,20 +214,6 @@ def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -
         logprobs=request.logprobs,
         prompt_logprobs=wanted,
         best_of=request.best_of,
-    )
-
-
-def chat_params(request: ChatRequest, defaults: Mapping[str, Any]) -> SamplingParams:
-    """An answer may be as long as the model allows, unless it is bounded."""
-    if request.top_logprobs is not None and not request.logprobs:
-        raise RequestError(f"top_logprobs is {request.top_logprobs} but logprobs is not true; set it")
-    most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-    return sampling_params(
-        request,
-        defaults,
-        max_tokens=most,
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        prompt_logprobs=request.prompt_logprobs,
     )
 
 

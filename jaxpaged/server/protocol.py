@@ -7,7 +7,7 @@ asks for nothing; fields that nobody knows are ignored, as other servers do.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
@@ -38,7 +38,9 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 
 
 class Unserved(msgspec.Struct, kw_only=True):
-    """Known to OpenAI or vLLM, and not served here."""
+    """Known to OpenAI or vLLM, and not served here but where a request `serves` them."""
+
+    serves: ClassVar[tuple[str, ...]] = ()
 
     suffix: Any = None
     functions: Any = None
@@ -116,11 +118,18 @@ class CompletionRequest(Generation, kw_only=True):
 class ChatRequest(Generation, kw_only=True):
     """POST /v1/chat/completions."""
 
+    serves: ClassVar[tuple[str, ...]] = ("tools", "tool_choice")
+
     messages: list[dict[str, Any]]
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
     add_generation_prompt: bool | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class ResponseText(msgspec.Struct, kw_only=True):
@@ -221,7 +230,11 @@ def sampling_params(
         fields.pop("stop", None)
     if request.logit_bias:
         fields["logit_bias"] = {_token_id(token): bias for token, bias in request.logit_bias.items()}
-    fields["structured_outputs"] = form_of(request)
+    form = given.pop("structured_outputs", None)
+    asked = form_of(request)
+    if form is not None and asked is not None:
+        raise RequestError("tool_choice and a form of the answer are given; give 1 of them")
+    fields["structured_outputs"] = form or asked
     if max_tokens is not None:
         fields["max_tokens"] = max_tokens
     return SamplingParams(**{"max_tokens": None} | dict(defaults) | fields | given)
@@ -231,7 +244,7 @@ def refuse_unserved(request: Unserved) -> None:
     """Raises RequestError for the first field that asks for what is not served."""
     for name in Unserved.__struct_fields__:
         value = getattr(request, name)
-        if value and value not in ASKS_NOTHING.get(name, ()):
+        if name not in request.serves and value and value not in ASKS_NOTHING.get(name, ()):
             raise RequestError(f"{name} is not served; leave it out")
 
 

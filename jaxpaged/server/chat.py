@@ -1,0 +1,175 @@
+"""/v1/chat/completions: from messages and tools to a prompt, and from text to a message with thoughts and calls."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from jaxpaged.engine.chat_template import Message
+from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.errors import RequestError
+from jaxpaged.outputs import CompletionOutput, RequestOutput
+from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.server.answers import Json, TokenNames, chat_logprobs, prompt_logprobs
+from jaxpaged.server.protocol import ChatRequest, sampling_params
+from jaxpaged.server.reader import OPENING, Parts, Reader
+from jaxpaged.server.tool_formats import Call, format_of
+from jaxpaged.server.tools import ToolUse, readable, tools_of
+
+TEMPLATE_SWITCHES = ("enable_thinking", "thinking")
+"""What `chat_template_kwargs` may set: true or false."""
+
+REASONING_PARSERS = {"qwen3": False, "deepseek_r1": True}
+"""vLLM's names; True where every answer begins with thoughts, whether or not a mark opens them."""
+
+
+class Parsers(NamedTuple):
+    """How the model's answers are read; None: as the chat template says (tools), or not at all (reasoning)."""
+
+    tools: str | None = None
+    reasoning: str | None = None
+
+
+class Chat(NamedTuple):
+    """One request, understood."""
+
+    request: ChatRequest
+    params: SamplingParams
+    messages: Sequence[Message]
+    variables: dict[str, Any]  # for the template
+    tools: ToolUse | None
+    reasoning: str | None
+
+
+def understood(
+    request: ChatRequest, tokenizer: Tokenizer | None, parsers: Parsers, defaults: Mapping[str, Any]
+) -> Chat:
+    """What a request asks for. Raises RequestError."""
+    template = tokenizer.chat_template if tokenizer is not None else None
+    format_name = parsers.tools or (format_of(template) if template is not None else None)
+    tools = tools_of(request.tools, request.tool_choice, request.parallel_tool_calls, format_name, template)
+    params = chat_params(request, tools, defaults)
+    if tools is not None and tokenizer is not None and tools.reads.opening:
+        special = (tokenizer.backend.id_to_token(token) for token in tokenizer.special_token_ids)
+        if {tools.reads.opening, tools.reads.closing} & set(special):  # they must be seen to be read
+            params = replace(params, skip_special_tokens=False)
+    variables: dict[str, Any] = dict(request.chat_template_kwargs or {})
+    for name, value in variables.items():
+        if name not in TEMPLATE_SWITCHES or not isinstance(value, bool):
+            known = " and ".join(TEMPLATE_SWITCHES)
+            raise RequestError(f"chat_template_kwargs sets {name!r:.60}; known: {known}, each true or false")
+    if tools is not None:
+        variables["tools"] = tools.definitions
+    return Chat(request, params, readable(request.messages), variables, tools, parsers.reasoning)
+
+
+def chat_params(request: ChatRequest, tools: ToolUse | None, defaults: Mapping[str, Any]) -> SamplingParams:
+    """An answer may be as long as the model allows, unless it is bounded."""
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError(f"top_logprobs is {request.top_logprobs} but logprobs is not true; set it")
+    most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    params = sampling_params(
+        request,
+        defaults,
+        max_tokens=most,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prompt_logprobs=request.prompt_logprobs,
+        structured_outputs=tools.form if tools is not None else None,
+    )
+    if tools is not None and tools.form is None and params.form is not None:
+        raise RequestError("tools and a form of the answer are given; set tool_choice to none, or leave the form out")
+    return params
+
+
+class ChatForm:
+    """What /v1/chat/completions writes."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, chat: Chat, tokenizer: Tokenizer | None) -> None:
+        self.request, self._tools = chat.request, chat.tools
+        self.names = TokenNames(tokenizer, bool(chat.request.return_tokens_as_token_ids))
+        # An answer of a given form has no room for thoughts.
+        self._reasoning = None if chat.params.form is not None else chat.reasoning
+        self._readers: dict[int, Reader] = {}
+        self._num_calls: dict[int, int] = {}
+
+    def choice(self, index: int, completion: CompletionOutput, output: RequestOutput) -> Json:
+        """A completion that has ended."""
+        parts = self._read(index, completion, output)
+        message: Json = {"role": "assistant", "content": parts.content, "refusal": None}
+        if calls := self._calls(index, parts.calls):
+            message |= {"content": parts.content or None, "tool_calls": [self._named(call) for call in calls]}
+        if self._reasoning is not None and self.request.include_reasoning is not False:
+            message["reasoning_content"] = parts.reasoning or None
+        return self._common(index, completion, output, True) | {"message": message}
+
+    def parts(self, index: int, completion: CompletionOutput, output: RequestOutput, is_first: bool) -> list[Json]:
+        """What is new of a completion; before the first comes whose turn it is."""
+        opening: list[Json] = []
+        if is_first:
+            role = {"role": "assistant", "content": ""}
+            opening = [{"index": index, "delta": role, "logprobs": None, "finish_reason": None}]
+        parts = self._read(index, completion, output)
+        delta: Json = {"content": parts.content} if parts.content else {}
+        if parts.reasoning and self.request.include_reasoning is not False:
+            delta["reasoning_content"] = parts.reasoning
+        before = self._num_calls.get(index, 0)
+        if calls := self._calls(index, parts.calls):
+            delta["tool_calls"] = [{"index": place} | self._named(call) for place, call in enumerate(calls, before)]
+        return [*opening, self._common(index, completion, output, is_first) | {"delta": delta}]
+
+    def _read(self, index: int, completion: CompletionOutput, output: RequestOutput) -> Parts:
+        if self._tools is None and self._reasoning is None:
+            return Parts("", completion.text, [])
+        if index not in self._readers:
+            self._readers[index] = Reader(
+                thinks=self._reasoning is not None,
+                begins_thinking=self._begins_thinking(output.prompt_token_ids),
+                tools=self._tools.reads if self._tools is not None else None,
+            )
+        return self._readers[index].take(completion.text, is_last=completion.finished)
+
+    def _begins_thinking(self, prompt_token_ids: list[int]) -> bool:
+        """Some templates write the opening mark themselves."""
+        tokenizer = self.names.tokenizer
+        if self._reasoning is None or tokenizer is None:
+            return False
+        end = tokenizer.decode(prompt_token_ids[-16:], skip_special_tokens=False)
+        return REASONING_PARSERS[self._reasoning] or end.rstrip().endswith(OPENING)
+
+    def _calls(self, index: int, calls: list[Call]) -> list[Call]:
+        """Those of a completion's calls that are given."""
+        before = self._num_calls.get(index, 0)
+        if self._tools is not None and self._tools.most is not None:
+            calls = calls[: max(0, self._tools.most - before)]
+        self._num_calls[index] = before + len(calls)
+        return calls
+
+    @staticmethod
+    def _named(call: Call) -> Json:
+        # Mistral's templates want nine letters and digits.
+        name = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+        return {"id": name, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+    def _common(self, index: int, completion: CompletionOutput, output: RequestOutput, is_first: bool) -> Json:
+        has_called = completion.finish_reason == "stop" and self._num_calls.get(index, 0) > 0
+        part: Json = {
+            "index": index,
+            "logprobs": None,
+            "finish_reason": "tool_calls" if has_called else completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+        if completion.logprobs is not None:
+            wanted = self.request.top_logprobs or 0
+            content = chat_logprobs(completion.token_ids, completion.logprobs, self.names, wanted)
+            part["logprobs"] = {"content": content, "refusal": None}
+        if self.request.return_token_ids:
+            tokens = {"token_ids": completion.token_ids}
+            part |= tokens | ({"prompt_token_ids": output.prompt_token_ids} if is_first else {})
+        if self.request.prompt_logprobs is not None and is_first:
+            part["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
+        return part

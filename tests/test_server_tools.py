@@ -1,0 +1,279 @@
+"""Tools and thoughts over HTTP, as OpenAI's client asks for them and gets them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+
+import openai
+import pytest
+from running_server import running
+from tiny_chat_model import write_chat_model
+from tiny_vocabularies import byte_level_metadata
+
+from jaxpaged import StructuredOutputsParams
+from jaxpaged.__main__ import main
+from jaxpaged.engine.tokenizer import Tokenizer, load_tokenizer
+from jaxpaged.server.chat import Parsers, understood
+from jaxpaged.server.protocol import ChatRequest, decode
+
+TEMPLATE = (
+    "{% if tools %}{% for t in tools %}{{ [t.function.name, t.function.description or ''] | tojson }}{% endfor %}\n"
+    "Call as <tool_call>\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for call in m.tool_calls %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
+)
+HELLO = [{"role": "user", "content": "ban"}]
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Bern", "Rome"]}, "days": {"$ref": "#/$defs/Days"}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "$defs": {"Days": {"type": "integer", "minimum": 1, "maximum": 9}},
+}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": CITY}}
+CLOCK = {
+    "type": "function",
+    "function": {"name": "clock", "parameters": {"type": "object", "additionalProperties": False}},
+}
+TOOLS = [WEATHER, CLOCK]
+CALL = {"model": "tiny", "messages": HELLO, "max_tokens": 200, "seed": 3}
+TEXT = 'Well.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern", "days": 2}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = write_chat_model(tmp_path_factory.mktemp("tools") / "model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    with running(folder, parsers=Parsers(reasoning="qwen3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def no_page_is_leaked(server):
+    yield
+    assert server.pages_held() == 0
+
+
+@pytest.fixture
+def saying(server, monkeypatch):
+    """Lets the model say this text, whatever it would have said."""
+
+    @contextmanager
+    def say(text):
+        submit = server.engine.submit
+
+        async def forced(requests, inbox):
+            form = StructuredOutputsParams(choice=[text])
+            await submit([replace(r, params=replace(r.params, structured_outputs=form)) for r in requests], inbox)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(server.engine, "submit", forced)
+            yield
+
+    return say
+
+
+def prompt_of(server, **body):
+    """The text that the model was given."""
+    answer = server.post("/v1/chat/completions", return_token_ids=True, **({"max_tokens": 1} | body))
+    assert answer.status_code == 200, answer.text
+    tokenizer = server.engine.tokenizer
+    return tokenizer.decode(answer.json()["choices"][0]["prompt_token_ids"], skip_special_tokens=False)
+
+
+# Calls that the model may make
+
+
+def test_a_call_in_the_models_own_format(client, saying):
+    with saying(TEXT):
+        (choice,) = client.chat.completions.create(tools=TOOLS, **CALL).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "Well.\n"
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name) == ("function", "weather") and call.id
+    assert json.loads(call.function.arguments) == {"city": "Bern", "days": 2}
+
+
+def test_streamed_calls_come_whole_and_text_before_them_at_once(client, saying):
+    text = TEXT + '\n<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+    with saying(text):
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(tools=TOOLS, stream=True, **CALL)]
+    calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    assert [(call.index, call.function.name) for call in calls] == [(0, "weather"), (1, "clock")]
+    assert len({call.id for call in calls}) == 2
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == "Well.\n"
+    assert chunks[-1].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_parallel_calls_the_first_alone_is_given(client, saying, stream):
+    call = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+    with saying(call * 3):
+        answer = client.chat.completions.create(tools=TOOLS, parallel_tool_calls=False, stream=stream, **CALL)
+        if stream:
+            calls = [one for chunk in answer for one in chunk.choices[0].delta.tool_calls or ()]
+        else:
+            calls = answer.choices[0].message.tool_calls
+    assert [one.function.name for one in calls] == ["clock"]
+
+
+def test_where_nothing_is_called_the_answer_is_text(client, saying):
+    with saying("No <tool_box> here."):
+        (choice,) = client.chat.completions.create(tools=TOOLS, **CALL).choices
+    assert (choice.message.content, choice.message.tool_calls) == ("No <tool_box> here.", None)
+    assert choice.finish_reason == "stop"
+
+
+def test_tools_stand_in_the_prompt_unless_none_may_be_called(server):
+    assert '["weather", "Of a city."]' in prompt_of(server, messages=HELLO, tools=TOOLS)
+    assert "weather" not in prompt_of(server, messages=HELLO, tools=TOOLS, tool_choice="none")
+
+
+# Calls that the model must make
+
+
+def test_a_required_call_is_made(client):
+    for seed in range(4):
+        answer = client.chat.completions.create(tools=TOOLS, tool_choice="required", **(CALL | {"seed": seed}))
+        (choice,) = answer.choices
+        assert choice.finish_reason in ("tool_calls", "length")  # this model may go on calling
+        for call in choice.message.tool_calls or ():
+            arguments = json.loads(call.function.arguments)
+            assert call.function.name == "clock" or (
+                arguments["city"] in ("Bern", "Rome") and 1 <= arguments["days"] <= 9
+            )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_named_call_is_made_once(client, stream):
+    named = {"type": "function", "function": {"name": "weather"}}
+    answer = client.chat.completions.create(tools=TOOLS, tool_choice=named, stream=stream, **CALL)
+    if stream:
+        chunks = [chunk.choices[0] for chunk in answer]
+        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        reason, content = chunks[-1].finish_reason, "".join(chunk.delta.content or "" for chunk in chunks)
+    else:
+        (choice,) = answer.choices
+        calls, reason, content = choice.message.tool_calls, choice.finish_reason, choice.message.content
+    assert [call.function.name for call in calls] == ["weather"]
+    assert set(json.loads(calls[0].function.arguments)) == {"city", "days"}
+    assert reason == "tool_calls" and not content
+
+
+def test_a_conversation_goes_on_after_a_call(server):
+    call = {"id": "abc", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abc", "content": "rain"},
+    ]
+    prompt = prompt_of(server, messages=messages, tools=TOOLS)
+    assert prompt.endswith('user:banassistant:weather({"city": "Bern"})tool:rainassistant:')
+
+
+def test_special_tokens_in_tools_and_calls_are_text(server):
+    tokenizer = server.engine.tokenizer
+    (special,) = (tokenizer.backend.id_to_token(token) for token in tokenizer.special_token_ids)
+    tool = {"type": "function", "function": {"name": "f", "description": special}}
+    call = {"function": {"name": "f", "arguments": json.dumps({"x": special, special: 1})}}
+    messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}]
+    answer = server.post("/v1/chat/completions", messages=messages, tools=[tool], max_tokens=1, return_token_ids=True)
+    prompt = answer.json()["choices"][0]["prompt_token_ids"]
+    assert not tokenizer.special_token_ids & set(prompt)
+    assert tokenizer.decode(prompt, skip_special_tokens=False).count(special) == 3
+
+
+REFUSED = [
+    ({"tools": [{"type": "function"}]}, "tools[0] is"),
+    ({"tools": ["weather"]}, "tools[0] is"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0] has the name 'a b'"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]}, "they are a JSON schema"),
+    ({"tools": [CLOCK] * 129}, "at most 128"),
+    ({"tool_choice": "required"}, "there are no tools"),
+    ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice is 'always'"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "not among the tools"),
+    ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "set tool_choice to none"),
+    ({"tools": TOOLS, "tool_choice": "required", "guided_regex": "a"}, "give 1 of them"),
+    ({"tools": [{"function": {"name": "f", "parameters": {"not": {}}}}], "tool_choice": "required"}, "Unimplemented"),
+    ({"tools": [{"function": {"name": "f", "parameters": {"$defs": 3}}}], "tool_choice": "required"}, "$defs of f"),
+    ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "must be a list"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "a call has a function with a name"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        "whose arguments are no JSON object",
+    ),
+    ({"chat_template_kwargs": {"tools": []}}, "known: enable_thinking and thinking"),
+    ({"chat_template_kwargs": {"enable_thinking": "x" * 99}}, "each true or false"),
+    ({"functions": [{"name": "f"}]}, "functions is not served"),
+]
+
+
+@pytest.mark.parametrize(("body", "why"), REFUSED, ids=[why for _, why in REFUSED])
+def test_what_cannot_be_served_is_a_400(server, body, why):
+    answer = server.post("/v1/chat/completions", **({"messages": HELLO, "max_tokens": 2} | body))
+    assert answer.status_code == 400 and why in answer.json()["error"]["message"], answer.text
+
+
+def test_a_template_without_tools_or_a_known_format_is_said_to_be_one(server, monkeypatch):
+    post = {"messages": HELLO, "tools": TOOLS, "max_tokens": 80}
+    monkeypatch.setattr(server.engine.tokenizer, "chat_template", TEMPLATE.replace("<tool_call>", "<call>"))
+    answer = server.post("/v1/chat/completions", **post)
+    assert answer.status_code == 400 and "start the server with --tool-call-parser" in answer.json()["error"]["message"]
+    assert server.post("/v1/chat/completions", tool_choice="required", **post).status_code == 200
+    monkeypatch.setattr(server.engine.tokenizer, "chat_template", "{{ messages[0].content }}")
+    answer = server.post("/v1/chat/completions", **post)
+    assert answer.status_code == 400 and "knows no tools" in answer.json()["error"]["message"]
+
+
+def test_a_mark_that_is_a_special_token_is_seen():
+    tokenizer = load_tokenizer(byte_level_metadata())
+    tokenizer.backend.add_special_tokens(["[TOOL_CALLS]"])
+    template = "{{ tools }}[TOOL_CALLS]"
+    marked = Tokenizer(tokenizer.backend, chat_template=template)
+    request = decode(json.dumps({"messages": HELLO, "tools": TOOLS}).encode(), ChatRequest)
+    assert understood(request, marked, Parsers(), {}).params.skip_special_tokens is False
+    unmarked = Tokenizer(load_tokenizer(byte_level_metadata()).backend, chat_template=template)
+    assert understood(request, unmarked, Parsers(), {}).params.skip_special_tokens is True
+
+
+@pytest.mark.parametrize(("flag", "known"), [("--tool-call-parser", "hermes"), ("--reasoning-parser", "qwen3")])
+def test_an_unknown_parser_names_the_known_ones(capsys, flag, known):
+    assert main(["serve", "nowhere", flag, "xml"]) == 2
+    assert f"{flag} is 'xml'; known: " in (told := capsys.readouterr().err) and known in told
+
+
+# Thoughts
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_thoughts_are_apart_from_the_answer(client, saying, opened):
+    extra = {"chat_template_kwargs": {"enable_thinking": opened}}
+    with saying(("" if opened else "<think>\n") + "So so.\n</think>\n\nYes."):
+        message = client.chat.completions.create(extra_body=extra, **CALL).choices[0].message
+        chunks = [c.choices[0].delta for c in client.chat.completions.create(extra_body=extra, stream=True, **CALL)]
+        hidden = client.chat.completions.create(extra_body=extra | {"include_reasoning": False}, **CALL)
+    assert (message.reasoning_content, message.content) == ("So so.", "Yes.")
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in chunks) == "So so."
+    assert "".join(delta.content or "" for delta in chunks) == "Yes."
+    assert hidden.choices[0].message.content == "Yes." and not hasattr(hidden.choices[0].message, "reasoning_content")
+
+
+def test_calls_come_after_thoughts(client, saying):
+    with saying(f"<think>\nHm.\n</think>\n\n{TEXT}"):
+        (choice,) = client.chat.completions.create(tools=TOOLS, **CALL).choices
+    assert (choice.message.reasoning_content, choice.message.content) == ("Hm.", "Well.\n")
+    assert [call.function.name for call in choice.message.tool_calls] == ["weather"]
+
+
+def test_an_answer_of_a_form_has_no_thoughts(client):
+    call = CALL | {"extra_body": {"structured_outputs": {"regex": "[ab]{3}</think>c"}}}
+    message = client.chat.completions.create(**call).choices[0].message
+    assert message.content.endswith("</think>c")
