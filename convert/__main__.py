@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from jaxpaged.convert.checkpoint import Checkpoint, open_checkpoint
 from jaxpaged.convert.gguf_reader import gguf_metadata
-from jaxpaged.convert.load import DTYPES, Recipe, load, recipe_for, resolve_dtype
+from jaxpaged.convert.load import DTYPES, Recipe, load, recipe_for, resolve_dtype, whole
 from jaxpaged.convert.native import new_folder, write_hf, write_native, write_tokenizer
 from jaxpaged.convert.verify import Comparison, compare, reference_logits, sample_tokens
 from jaxpaged.engine.tokenizer import load_tokenizer
@@ -142,7 +142,7 @@ def _verify(source: Checkpoint, recipe: Recipe, folder: Path, dtype: np.dtype[np
     ours = load(
         source.path if reference is written else folder,
         dtype=dtype.name,
-        put_for=lambda spec: lambda path, leaf, array: jnp.asarray(array, jnp.float32),
+        put_for=lambda spec: lambda path, leaf, read: jnp.asarray(whole(leaf, read), jnp.float32),
     )
     logits = np.asarray(apply(ours.params, jnp.asarray(tokens), ours.spec))
     found = compare(logits, reference_logits(reference, tokens, dtype.name))

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpaged.convert.gguf_reader import GgufFile, shortest, transformed
-from jaxpaged.convert.stored_tensor import Array, StoredTensor
+from jaxpaged.convert.gguf_reader import GgufFile, shortest
+from jaxpaged.convert.stored_tensor import Array, StoredTensor, Undo
 from jaxpaged.errors import CheckpointError
 
 Config = dict[str, Any]
-Undo = Callable[[Array], Array]
 
 NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -132,12 +131,12 @@ def _hf_name(name: str, names: Mapping[str, str]) -> str:
 
 def _undone(tensor: StoredTensor, undo: Undo, path: object, name: str) -> StoredTensor:
     try:  # what shape comes out is found on an array of that shape without memory
-        shape = undo(np.broadcast_to(np.float32(0), tensor.shape)).shape
+        shape = undo.of(np.broadcast_to(np.float32(0), tensor.shape)).shape
     except ValueError as error:
         raise CheckpointError(
             f"{path}: tensor {name!r} has shape {list(tensor.shape)}, against its metadata"
         ) from error
-    return transformed(tensor, undo, shape)
+    return tensor._replace(shape=shape, undo=undo)
 
 
 def _common(facts: Facts) -> Config:
@@ -325,7 +324,7 @@ def _pairs_to_halves(heads: int) -> Undo:
         rows = w.reshape(heads, -1, 2, *w.shape[1:])  # [H, D/2, 2, ...]
         return rows.swapaxes(1, 2).reshape(w.shape)
 
-    return undo
+    return Undo(rows=undo)
 
 
 def _undo_llama(name: str, config: Config) -> Undo | None:
@@ -336,13 +335,13 @@ def _undo_llama(name: str, config: Config) -> Undo | None:
 
 def _undo_gemma(name: str, config: Config) -> Undo | None:
     """GGUF holds the weight that multiplies, HF that weight less one."""
-    return (lambda w: w - np.asarray(1, w.dtype)) if name.endswith("norm.weight") else None
+    return Undo(numbers=lambda w: w - np.asarray(1, w.dtype)) if name.endswith("norm.weight") else None
 
 
 def _undo_gpt2(name: str, config: Config) -> Undo | None:
     """HF's Conv1D holds [in, out]; GGUF has [out, in] everywhere."""
     linears = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
-    return (lambda w: w.T) if name.endswith(linears) else None
+    return Undo(turned=True) if name.endswith(linears) else None
 
 
 def _undo_gpt_neox(name: str, config: Config) -> Undo | None:
@@ -353,7 +352,7 @@ def _undo_gpt_neox(name: str, config: Config) -> Undo | None:
         parts = w.reshape(3, heads, -1, *w.shape[1:])  # [3, H, D, ...]
         return parts.swapaxes(0, 1).reshape(w.shape)
 
-    return undo if ".attn_qkv." in name else None
+    return Undo(rows=undo) if ".attn_qkv." in name else None
 
 
 def _layers(prefix: str, names: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxpaged.convert.stored_tensor import Array, StoredTensor, plain
+from jaxpaged.convert.stored_tensor import Array, Block, StoredTensor, plain
 from jaxpaged.errors import CheckpointError
 
 PLAIN: dict[str, np.dtype[Any]] = {
@@ -187,8 +186,10 @@ class _Header:
                 f"{start + offset + nbytes:,}; the file is cut short: fetch it again"
             )
         dtype = PLAIN.get(type_name)
-        decode = plain(dtype, shape) if dtype is not None else partial(_dequantise, kinds[kind], shape)
-        return StoredTensor(self.path, start + offset, nbytes, shape, dtype, decode)
+        if dtype is not None:
+            return plain(self.path, start + offset, nbytes, shape, dtype)
+        stored = Block(block, block_bytes)
+        return StoredTensor(self.path, start + offset, nbytes, shape, None, partial(_dequantise, kinds[kind]), stored)
 
     def check_overlaps(self, tensors: dict[str, StoredTensor]) -> None:
         end, before = 0, ""
@@ -198,13 +199,7 @@ class _Header:
             end, before = tensor.offset + tensor.nbytes, name
 
 
-def transformed(tensor: StoredTensor, then: Callable[[Array], Array], shape: tuple[int, ...]) -> StoredTensor:
-    """The same bytes, decoded and then passed through `then`, which gives `shape`."""
-    decode = tensor.decode
-    return tensor._replace(shape=shape, decode=lambda raw: then(decode(raw)))
-
-
-def _dequantise(kind: Any, shape: tuple[int, ...], raw: Array) -> Array:
+def _dequantise(kind: Any, raw: Array) -> Array:
     """`raw` as float32, a chunk of blocks at a time: gguf keeps all its pieces until it joins them."""
     import gguf
 
@@ -214,7 +209,7 @@ def _dequantise(kind: Any, shape: tuple[int, ...], raw: Array) -> Array:
     for i in range(0, len(blocks), _CHUNK_BLOCKS):
         chunk = blocks[i : i + _CHUNK_BLOCKS]
         out[i : i + len(chunk)] = gguf.dequantize(chunk.reshape(1, -1), kind).reshape(-1, block)
-    return out.reshape(shape)
+    return out
 
 
 def shortest(value: np.float32) -> float:

@@ -1,10 +1,12 @@
 """A checkpoint as params: spec from its family, every tensor checked by name and shape, then read one after another.
 
-Host memory holds one HF tensor at a time beside what has been placed already; `put` decides where a leaf goes.
+Host memory holds one leaf at a time beside what has been placed already. `put` decides where a leaf goes, and reads
+what is wanted of it: a process of several reads what lies on its devices.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +19,16 @@ import numpy as np
 
 from jaxpaged.convert.checkpoint import SPEC, Checkpoint, Format, locate, open_checkpoint, read_config
 from jaxpaged.convert.families import Family, family_of
-from jaxpaged.convert.rules import Rule, copy, hf_shapes, load_leaves
-from jaxpaged.convert.stored_tensor import Array
+from jaxpaged.convert.rules import Part, Rule, copy, hf_shapes, load_leaves
+from jaxpaged.convert.stored_tensor import BYTES_READ, Array, StoredTensor
 from jaxpaged.errors import CheckpointError
-from jaxpaged.model.params import Params, ParamSpec, flatten, map_specs, param_specs
+from jaxpaged.model.params import Params, ParamSpec, ReadPart, flatten, map_specs, param_specs
 from jaxpaged.model.spec import Decoder, from_json
 
-Put = Callable[[str, ParamSpec, Array], jax.Array]
-"""put(path, param_spec, array) places one leaf; the array may be a view of what was read."""
+log = logging.getLogger("jaxpaged")
+
+Put = Callable[[str, ParamSpec, ReadPart], jax.Array]
+"""put(path, param_spec, read) places one leaf; `read(*index)` reads its elements along each axis."""
 
 PutFor = Callable[[Decoder], Put]
 """The `put` for a model whose spec has been read."""
@@ -37,13 +41,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class LoadedModel(NamedTuple):
-    """A model in memory; `config` is the HF config it came with."""
+    """A model in memory; `config` is the HF config it came with, `bytes_read` what this process read of its tensors."""
 
     spec: Decoder
     params: Params
     config: dict[str, Any]
     path: Path
     format: Format
+    bytes_read: int = 0
 
 
 class Described(NamedTuple):
@@ -74,14 +79,26 @@ def load(path: str | Path, *, dtype: str = "auto", put_for: PutFor | None = None
     checkpoint = open_checkpoint(path)
     recipe = recipe_for(checkpoint)
     shapes = dict(flatten(param_specs(recipe.spec)))
-    # jnp.asarray would copy once more
-    place = put_for(recipe.spec) if put_for else lambda path, leaf, array: jax.device_put(array)
+    place = put_for(recipe.spec) if put_for else _on_default_device
     placed: dict[str, jax.Array] = {}
-    for name, array in leaves(checkpoint, recipe, resolve_dtype(dtype, checkpoint)):
+    before = BYTES_READ.total
+    for name, read in readers(checkpoint, recipe, resolve_dtype(dtype, checkpoint)):
         # Waiting lets go of the host's copy before the next tensor is read.
-        placed[name] = jax.block_until_ready(place(name, shapes[name], array))
+        placed[name] = jax.block_until_ready(place(name, shapes[name], read))
     params = map_specs(lambda name, leaf: placed[name], recipe.spec)
-    return LoadedModel(recipe.spec, params, checkpoint.config, checkpoint.path, checkpoint.format)
+    done = BYTES_READ.total - before
+    log.info("read %s of the %s bytes of %s", f"{done:,}", f"{checkpoint.nbytes:,}", checkpoint.path)
+    return LoadedModel(recipe.spec, params, checkpoint.config, checkpoint.path, checkpoint.format, done)
+
+
+def whole(leaf: ParamSpec, read: ReadPart) -> Array:
+    """All of a leaf."""
+    return read(*map(np.arange, leaf.shape))
+
+
+def _on_default_device(path: str, leaf: ParamSpec, read: ReadPart) -> jax.Array:
+    placed: jax.Array = jax.device_put(whole(leaf, read))  # jnp.asarray would copy once more
+    return placed
 
 
 def describe(path: str | Path) -> Described:
@@ -104,6 +121,27 @@ def leaves(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Iter
     """(path, array) of every leaf, cast to `dtype`, in the order of the recipe's rules."""
     for path, array in load_leaves(recipe.rules, checkpoint.read):
         yield path, array.astype(dtype, copy=False)
+
+
+def readers(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Iterator[tuple[str, ReadPart]]:
+    """(path, read) of every leaf, in the order of the recipe's rules; what is read is cast to `dtype`.
+
+    What a rule does to several tensors at once needs them whole: then they are, and the log says so.
+    """
+
+    def of_part(tensor: StoredTensor, part: Part) -> ReadPart:
+        return lambda *index: part.read(tensor, index).astype(dtype, copy=False)
+
+    def of_whole(leaf: Array) -> ReadPart:
+        return lambda *index: leaf[np.ix_(*index)].astype(dtype, copy=False)
+
+    for rule in recipe.rules:
+        if rule.parts is not None:
+            tensor = checkpoint.tensors[rule.sources[0]]
+            yield from zip(rule.paths, (of_part(tensor, part) for part in rule.parts), strict=True)
+        else:
+            log.info("%s cannot be read in parts and is read whole", ", ".join(rule.sources))
+            yield from ((path, of_whole(leaf)) for path, leaf in load_leaves([rule], checkpoint.read))
 
 
 def recipe_for(checkpoint: Checkpoint) -> Recipe:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxpaged.convert.stored_tensor import StoredTensor
 from jaxpaged.model.params import flatten, param_specs
 from jaxpaged.model.spec import Decoder
 
@@ -21,18 +22,39 @@ Array = NDArray[Any]
 Transform = Callable[[Sequence[Array]], Sequence[Array]]
 
 
+class Part(NamedTuple):
+    """A leaf as a part of one tensor: turned where that is a matrix stored [out, in], then some columns, in order."""
+
+    turned: bool = False
+    columns: slice | NDArray[np.int64] = slice(None)
+
+    def of(self, tensor: Any) -> Any:
+        """The leaf, of arrays of numpy or JAX; a view where it can be."""
+        return _turned(tensor, self.turned)[..., self.columns]
+
+    def read(self, tensor: StoredTensor, index: Sequence[NDArray[np.int64]]) -> Array:
+        """The leaf's elements at `index`, an index for each axis, and nothing else of the tensor."""
+        is_turned = self.turned and len(tensor.shape) == 2
+        width = tensor.shape[0] if is_turned else tensor.shape[-1]
+        found = (*index[:-1], np.arange(width)[self.columns][index[-1]])
+        return tensor.read_part(*found[::-1]).T if is_turned else tensor.read_part(*found)
+
+
 @dataclass(frozen=True)
 class Rule:
     """The leaves `paths` and the HF tensors `sources` hold the same numbers.
 
     `load` makes the leaves' arrays from the tensors' (views where it can), `store` the tensors' from the leaves'. Both
-    use shapes and array methods only: any dtype will do, and arrays of JAX stay where they are.
+    use shapes and array methods only: any dtype will do, and arrays of JAX stay where they are. `parts` say the same as
+    `load` where each leaf is a part of the one tensor, so that parts of leaves can be read; without them it is read
+    whole.
     """
 
     paths: tuple[str, ...]
     sources: tuple[str, ...]
     load: Transform
     store: Transform
+    parts: tuple[Part, ...] | None = None
 
 
 class Module(NamedTuple):
@@ -101,34 +123,28 @@ def hf_shapes(rules: Iterable[Rule], spec: Decoder) -> dict[str, tuple[int, ...]
 
 def copy(path: str, source: str) -> Rule:
     """The leaf is the tensor."""
-    return Rule((path,), (source,), load=list, store=list)
+    return _in_parts((path,), source, [Part()], store=list)
 
 
 def transpose(path: str, source: str) -> Rule:
     """A linear's weight: HF's [out, in] is our [in, out]."""
-    return Rule((path,), (source,), load=lambda xs: [xs[0].T], store=lambda xs: [xs[0].T])
+    return _in_parts((path,), source, [Part(turned=True)], store=lambda xs: [xs[0].T])
 
 
 def concatenated(paths: Sequence[str], source: str, sizes: Sequence[int], *, transposed: bool) -> Rule:
     """One tensor whose output axis is that of all `paths` in turn, `sizes` columns each (Phi-3's qkv_proj)."""
-    ends = np.cumsum(sizes)[:-1].tolist()
-
-    def load(tensors: Sequence[Array]) -> Sequence[Array]:
-        return np.split(_turned(tensors[0], transposed), ends, axis=-1)
+    ends = np.cumsum(sizes).tolist()
 
     def store(leaves: Sequence[Array]) -> Sequence[Array]:
         return [_turned(_namespace(leaves).concatenate(leaves, axis=-1), transposed)]
 
-    return Rule(tuple(paths), (source,), load, store)
+    columns = (slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
+    return _in_parts(paths, source, [Part(transposed, some) for some in columns], store)
 
 
-def interleaved(paths: Sequence[str], source: str, num_heads: int, *, transposed: bool) -> Rule:
+def interleaved(paths: Sequence[str], source: str, sizes: Sequence[int], num_heads: int, *, transposed: bool) -> Rule:
     """One tensor whose output axis is [num_heads, len(paths), head_dim] (GPT-NeoX's query_key_value)."""
-
-    def load(tensors: Sequence[Array]) -> Sequence[Array]:
-        fused = _turned(tensors[0], transposed)
-        heads = fused.reshape(*fused.shape[:-1], num_heads, len(paths), -1)  # [..., H, parts, D]
-        return [heads[..., j, :].reshape(*fused.shape[:-1], -1) for j in range(len(paths))]
+    columns = np.arange(sum(sizes)).reshape(num_heads, len(paths), -1)
 
     def store(leaves: Sequence[Array]) -> Sequence[Array]:
         head_dim = leaves[0].shape[-1] // num_heads
@@ -136,7 +152,14 @@ def interleaved(paths: Sequence[str], source: str, num_heads: int, *, transposed
         heads = stack([x.reshape(*x.shape[:-1], num_heads, head_dim) for x in leaves], axis=-2)  # [..., H, parts, D]
         return [_turned(heads.reshape(*heads.shape[:-3], -1), transposed)]
 
-    return Rule(tuple(paths), (source,), load, store)
+    return _in_parts(paths, source, [Part(transposed, columns[:, j].ravel()) for j in range(len(paths))], store)
+
+
+def _in_parts(paths: Sequence[str], source: str, parts: Sequence[Part], store: Transform) -> Rule:
+    def load(tensors: Sequence[Array]) -> Sequence[Array]:
+        return [part.of(tensors[0]) for part in parts]
+
+    return Rule(tuple(paths), (source,), load, store, tuple(parts))
 
 
 def _namespace(arrays: Sequence[Array]) -> Any:
@@ -164,10 +187,11 @@ def _module_rules(names: Sequence[str], module: Module, shapes: Mapping[str, tup
         if not all(path in shapes for path in paths):
             continue
         transposed = not module.in_out
+        sizes = [shapes[path][-1] for path in paths]
         if module.num_heads is not None:
-            yield interleaved(paths, source, module.num_heads, transposed=transposed)
+            yield interleaved(paths, source, sizes, module.num_heads, transposed=transposed)
         elif len(paths) > 1:
-            yield concatenated(paths, source, [shapes[path][-1] for path in paths], transposed=transposed)
+            yield concatenated(paths, source, sizes, transposed=transposed)
         elif transposed and len(shapes[paths[0]]) == 2 and names[0] not in ("embed", "positions"):
             yield transpose(paths[0], source)
         else:

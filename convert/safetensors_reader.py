@@ -168,7 +168,7 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
         raise fail(
             f"spans {end - begin:,} bytes, but {entry['dtype']} {shape} takes {math.prod(shape) * dtype.itemsize:,}"
         )
-    return StoredTensor(file, start + begin, end - begin, tuple(shape), dtype, plain(dtype, tuple(shape)))
+    return plain(file, start + begin, end - begin, shape, dtype)
 
 
 def _counts(value: object) -> bool:

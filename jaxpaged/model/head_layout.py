@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.model.params import flatten, param_specs
-from jaxpaged.model.spec import Decoder
+from jaxpaged.model.spec import Attention, Decoder
 
 
 class HeadLayout(NamedTuple):
@@ -66,11 +66,9 @@ def fit_heads(spec: Decoder, num_shards: int) -> Decoder:
 
 def fit_leaf(array: Any, path: str, spec: Decoder, num_shards: int) -> Any:
     """The leaf at `path` of `spec`'s params as `fit_heads(spec, num_shards)` needs it, on host or device as it came."""
-    where, _, rest = path.partition(".")
-    if where != "layers":
+    if (found := _layout_of(path, spec, num_shards)) is None:
         return array
-    mixer = spec.blocks[int(rest.partition(".")[0])].mixer
-    layout = head_layout(mixer.heads, mixer.kv_heads, num_shards)
+    mixer, layout = found
     axes = dict(flatten(param_specs(spec)))[path].axes
     for dim, logical in enumerate(axes):
         if logical == "heads":
@@ -78,6 +76,30 @@ def fit_leaf(array: Any, path: str, spec: Decoder, num_shards: int) -> Any:
         elif logical == "kv_heads":
             array = _take(array, dim, mixer.kv_heads, layout.kv)
     return array
+
+
+def fitted_axes(path: str, spec: Decoder, num_shards: int) -> tuple[np.ndarray, ...]:
+    """`fit_leaf` as data: which of the leaf's elements lie along each fitted axis; -1: a zero of an empty head."""
+    leaf = dict(flatten(param_specs(spec)))[path]
+    axes = [np.arange(size) for size in leaf.shape]
+    if (found := _layout_of(path, spec, num_shards)) is None:
+        return tuple(axes)
+    mixer, layout = found
+    for dim, logical in enumerate(leaf.axes):
+        if logical in ("heads", "kv_heads"):
+            count, order = (mixer.heads, layout.q) if logical == "heads" else (mixer.kv_heads, layout.kv)
+            size = leaf.shape[dim] // count
+            within = np.arange(size)
+            axes[dim] = np.concatenate([np.full(size, -1) if head is None else head * size + within for head in order])
+    return tuple(axes)
+
+
+def _layout_of(path: str, spec: Decoder, num_shards: int) -> tuple[Attention, HeadLayout] | None:
+    where, _, rest = path.partition(".")
+    if where != "layers":
+        return None
+    mixer = spec.blocks[int(rest.partition(".")[0])].mixer
+    return mixer, head_layout(mixer.heads, mixer.kv_heads, num_shards)
 
 
 def _take(array: Any, dim: int, num_heads: int, order: tuple[int | None, ...]) -> Any:

@@ -20,6 +20,10 @@ Params = Mapping[str, Any]
 """{"embed": {"w": [V, E]}, "layers": ({"norm1", "mixer", "ffn", ...}, ...), "norm", "head", ...}"""
 
 
+ReadPart = Callable[..., np.ndarray[Any, np.dtype[Any]]]
+"""read(*index): a leaf's elements at an index array along each axis, whatever holds it."""
+
+
 class ParamSpec(NamedTuple):
     """One weight: its shape, the logical axis of each dimension (None: never sharded), how to make it up."""
 

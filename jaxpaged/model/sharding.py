@@ -11,7 +11,7 @@ if there were no other, so that nothing can move between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpaged.errors import ConfigError
-from jaxpaged.model.head_layout import fit_heads, fit_leaf
-from jaxpaged.model.params import Params, ParamSpec, flatten, map_specs, param_specs
+from jaxpaged.model.head_layout import fit_heads, fit_leaf, fitted_axes
+from jaxpaged.model.params import Params, ParamSpec, ReadPart, flatten, map_specs, param_specs
 from jaxpaged.model.spec import Decoder
 
 
@@ -147,13 +147,26 @@ class Placement:
 
         return map_specs(put, spec)
 
-    def put_for(self, spec: Decoder) -> Callable[[str, ParamSpec, Any], jax.Array]:
-        """put(path, leaf, array): places a leaf as read from a checkpoint, on each device its part and no more.
+    def put_for(self, spec: Decoder) -> Callable[[str, ParamSpec, ReadPart], jax.Array]:
+        """put(path, leaf, read): places a leaf of a checkpoint, on each device its part and no more.
 
-        Raises ConfigError, before any leaf is read, where the devices cannot share the model.
+        Of each leaf this process reads what its own devices hold, once. Raises ConfigError, before any leaf is read,
+        where the devices cannot share the model.
         """
-        self.fit(spec)
-        return lambda path, leaf, array: self._put(fit_leaf(array, path, spec, self.num_shards("heads")), leaf)
+        want = dict(flatten(param_specs(self.fit(spec))))
+
+        def put(path: str, leaf: ParamSpec, read: ReadPart) -> jax.Array:
+            shape, sharding = want[path].shape, self.sharding(*leaf.axes)
+            axes = fitted_axes(path, spec, self.num_shards("heads"))
+            here = sharding.addressable_devices_indices_map(shape).values()
+            needed = []
+            for axis, cuts in zip(axes, zip(*here, strict=True), strict=True):
+                elements = np.unique(np.concatenate([axis[cut] for cut in cuts]))
+                needed.append(elements[elements >= 0])
+            held = read(*needed)
+            return jax.make_array_from_callback(shape, sharding, lambda cut: _part(held, needed, axes, cut or ()))
+
+        return put
 
     def cache_partition(self, pools: Any) -> Any:
         """How every leaf of one data shard's pools is cut: kv heads are axis 3 of pages and scales."""
@@ -212,6 +225,18 @@ class Placement:
             f"{logical} is {size:,} ({path}), which the {count} devices of mesh axis {axis!r} cannot share equally; "
             f"take {below} or {above} devices, or keep it whole with ShardingRules({logical}=None)"
         )
+
+
+def _part(
+    held: np.ndarray, needed: Sequence[np.ndarray], axes: Sequence[np.ndarray], cut: Sequence[slice]
+) -> np.ndarray:
+    """One device's part of a fitted leaf, of what was read of the leaf: its elements `needed` along each axis."""
+    wanted = [axis[piece] for axis, piece in zip(axes, cut, strict=True)]
+    real = [np.flatnonzero(axis >= 0) for axis in wanted]
+    index = [np.searchsorted(known, axis[at]) for known, axis, at in zip(needed, wanted, real, strict=True)]
+    part = np.zeros([len(axis) for axis in wanted], held.dtype)
+    part[np.ix_(*real)] = held[np.ix_(*index)]
+    return part
 
 
 def parallel(tensor: int = 1, data: int = 1, rules: ShardingRules | None = None) -> Placement:
