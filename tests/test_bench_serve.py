@@ -179,6 +179,7 @@ def test_our_own_server_under_load(tmp_path, capsys):
         (["--request-rate", 0], "--request-rate is 0; it must be above 0"),
         (["--max-concurrency", 0], "--max-concurrency is 0; it must be at least 1"),
         (["--dataset-name", "trace"], "--dataset-path FILE.csv belong together"),
+        (["--dataset-name", "trace", "--dataset-path", "x", "--request-rate", 2], "a trace says when requests come"),
         (["--goodput", "speed:3"], "'speed:3'; known: ttft, tpot, itl, e2el"),
         (["--goodput", "ttft"], "it must be as in ttft:500"),
         (["--metric-percentiles", "x"], "numbers from 0 to 100"),

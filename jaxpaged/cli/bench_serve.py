@@ -169,6 +169,8 @@ def _asks(args: argparse.Namespace) -> list[Ask]:
         raise ConfigError(f"--random-range-ratio is {args.random_range_ratio:g}; it must be from 0 to 1")
     if (args.dataset_name == "trace") != (args.dataset_path is not None):
         raise ConfigError("--dataset-name trace and --dataset-path FILE.csv belong together; give both or neither")
+    if args.dataset_name == "trace" and math.isfinite(args.request_rate):
+        raise ConfigError(f"--request-rate is {args.request_rate:g}, but a trace says when requests come; leave it out")
     count, seed = args.num_prompts or 1000, args.seed
     times = workload.arrivals(count, args.request_rate, args.burstiness, seed)
     prefix_len, num_prefixes = 0, 1
