@@ -13,6 +13,9 @@ CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8", "f
 AttentionBackend = Literal["auto", "reference", "triton", "mosaic"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
+PARALLEL_SIZES = ("tensor_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
+"""The fields that ask for a mesh."""
+
 
 @dataclass(frozen=True)
 class EngineConfig(Settings):
@@ -22,6 +25,7 @@ class EngineConfig(Settings):
     num_pages                     pages of the pool, the null page included; None: as many as the memory allows
     tensor_parallel_size          devices over which each layer is cut (LLM's `mesh` says more)
     data_parallel_size            shards over which sequences and pages are split; limits and `num_pages` are each one's
+    prefill_context_parallel_size  devices over which a step's tokens are split where it computes prompts
     memory_utilization            share of the device's memory that weights and pool may take
     max_model_len                 most tokens of one sequence, prompt and answer; None: what the model was made for
     max_num_seqs                  most sequences computed in one step
@@ -46,6 +50,7 @@ class EngineConfig(Settings):
     num_pages: int | None = None
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
+    prefill_context_parallel_size: int = 1
     memory_utilization: float = 0.9
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -69,8 +74,8 @@ class EngineConfig(Settings):
         self._check_float("memory_utilization", 0, 1, above=True)
         self._check_float("host_cache_gb", 0)
         self._check_int("max_num_seqs", 1)
-        self._check_int("tensor_parallel_size", 1)
-        self._check_int("data_parallel_size", 1)
+        for name in PARALLEL_SIZES:
+            self._check_int(name, 1)
         self._check_int("seed")
         at_least_one = ("max_model_len", "max_num_batched_tokens", "long_prefill_token_threshold")
         limits = (*at_least_one, "max_num_partial_prefills", "max_num_queued_requests")

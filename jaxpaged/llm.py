@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxpaged.config import EngineConfig
+from jaxpaged.config import PARALLEL_SIZES, EngineConfig
 from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import LoadedModel, load
 from jaxpaged.engine import exports
@@ -50,7 +50,7 @@ class LLM:
 
         `tokenizer` is a folder or a `Tokenizer` where the model's own is not meant; `dtype` is the weights' (auto,
         float32, bfloat16, float16). `mesh` holds the devices to run on and `sharding_rules` say what is cut along which
-        of its axes; `tensor_parallel_size` and `data_parallel_size` among the settings make a mesh of so many devices.
+        of its axes; `tensor_parallel_size` and the like among the settings make a mesh of so many devices.
         `settings` are the fields of `EngineConfig`, which may be given whole instead. `build` is `from_export`'s.
         Raises CheckpointError and ConfigError, each with what to do.
         """
@@ -268,10 +268,11 @@ def _eos_of(config: Mapping[str, Any]) -> frozenset[int]:
 
 def _placement(mesh: Mesh | None, rules: ShardingRules | None, config: EngineConfig) -> Placement | None:
     """Where the model is to lie; None: on the default device."""
-    sizes = {name: getattr(config, name) for name in ("tensor_parallel_size", "data_parallel_size")}
+    sizes = {name: getattr(config, name) for name in PARALLEL_SIZES}
     asked = " and ".join(f"{name} is {size}" for name, size in sizes.items() if size != 1)
     if mesh is None:
-        return parallel(config.tensor_parallel_size, config.data_parallel_size, rules) if asked else None
+        tensor, data, sequence = sizes.values()
+        return parallel(tensor, data, sequence, rules) if asked else None
     if asked:
         raise ConfigError(f"a mesh of {mesh.devices.size} devices was given and {asked}; leave one of them out")
     return Placement(mesh, rules or ShardingRules())

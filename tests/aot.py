@@ -105,7 +105,7 @@ def compile_for(
     gpu: str, function: Callable[..., Any], *args: Any, dump: Path, donate: tuple[int, ...] = ()
 ) -> Program:
     """`function` compiled for `gpu` with arguments of these shapes; `dump` is an empty folder."""
-    one = mesh(gpu, 1, "x")
+    one = mesh(gpu, x=1)
     everywhere = NamedSharding(one, PartitionSpec())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), args)
     with jax.sharding.use_abstract_mesh(one.abstract_mesh):

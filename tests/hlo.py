@@ -55,3 +55,9 @@ def groups(text: str) -> list[list[int]]:
 
 def _shape(dims: str) -> tuple[int, ...]:
     return tuple(int(n) for n in dims.split(",") if n)
+
+
+def products(text: str) -> Counter[int]:
+    """How many numbers each matrix product gives, and how many products give as many."""
+    found = re.findall(r" = [a-z]\w*\[([\d,]*)\]\S* dot\(", text)
+    return Counter(math.prod(_shape(dims)) for dims in found)

@@ -55,12 +55,12 @@ def no_compilation_cache() -> Iterator[None]:
 
 
 @cache
-def compiled(num_devices: int, name: str, size: int | Bucket, data: int = 1) -> Any:
-    """A runner's function for so many H200s, `data` times over. The runner has shapes of weights, and no pool."""
-    mesh = aot.mesh("H200", data=data, model=num_devices)
-    rules = ShardingRules(data="data" if data > 1 else None)
+def compiled(num_devices: int, name: str, size: int | Bucket, data: int = 1, sequence: int = 1) -> Any:
+    """A runner's function for so many H200s, times the others. The runner has shapes of weights, and no pool."""
+    mesh = aot.mesh("H200", data=data, sequence=sequence, model=num_devices)
+    rules = ShardingRules(data="data" if data > 1 else None, sequence="sequence" if sequence > 1 else None)
     settings: dict[str, Any] = {"max_num_seqs": ROWS, "max_num_batched_tokens": ROWS + 512, "max_model_len": 4096}
-    config = EngineConfig(tensor_parallel_size=num_devices, num_pages=4096, **settings)
+    config = EngineConfig(num_pages=4096, **settings)
     params = map_specs(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), LLAMA)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return getattr(Runner(LLAMA, params, config, Placement(mesh, rules)), f"_{name}")(size)
@@ -104,3 +104,26 @@ def test_data_shards_do_what_one_does_and_no_word_passes_between_them(name):
     alone, both = alone.memory_analysis(), both.memory_analysis()
     assert alone.alias_size_in_bytes == both.alias_size_in_bytes
     assert abs(alone.temp_size_in_bytes - both.temp_size_in_bytes) < 1 << 16
+
+
+def test_a_prompt_split_over_4_pairs_of_gpus_moves_heads_and_the_sums_of_fewer_rows():
+    """An all-to-all for each of q, k, v and what attention gives; sums of a quarter of the rows; the last hidden states
+    and those of the rows that are sampled.
+    """
+    bucket = Bucket(ROWS, 512, 16)
+    step = compiled(2, "forward", bucket, sequence=4)
+    tokens = bucket.num_tokens // 4
+    found = moved(step.as_text())
+    exchanged = sum(array.size * count for array, count in found.items() if array.kind == "all-to-all")
+    assert exchanged == LAYERS * tokens * 2 * (32 + 8) * 128 // 2
+    others = {array: count for array, count in found.items() if array.kind != "all-to-all"}
+    assert others == {
+        Moved("all-reduce", "bf16", (tokens, 4096)): 2 * LAYERS + 1,
+        Moved("all-gather", "bf16", (bucket.num_tokens, 4096)): 1,
+        Moved("all-reduce", "bf16", (bucket.num_rows, 4096)): 1,
+    }
+    assert step.memory_analysis().alias_size_in_bytes == POOL_BYTES // 8
+
+    decode = moved(compiled(2, "forward", Bucket(ROWS, 0, 0), sequence=4).as_text())
+    sums = Moved("all-reduce", "bf16", (ROWS, 4096))
+    assert decode == {sums: 2 * LAYERS + 1, Moved("all-gather", "bf16", (ROWS, 16, 128)): LAYERS}

@@ -55,14 +55,20 @@ def max_chunks(max_num_seqs: int) -> int:
 
 
 def make_buckets(
-    max_num_seqs: int, max_num_batched_tokens: int, *, fewest_decodes: int = 1, num_shards: int = 1
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    *,
+    fewest_decodes: int = 1,
+    num_shards: int = 1,
+    multiple: int = 1,
 ) -> list[Bucket]:
     """The shapes worth compiling, smallest first: few, because each takes seconds to compile.
 
     Steps that only decode come in 1, 4, 16, doublings and the middles between those from 16 to 64 (without them 64
     requests of mixed lengths took 5 % longer on a CPU); steps with chunks have either no decode row or all of them, and
     64, 192, 512, ... chunk tokens. None that only decodes has fewer rows than `fewest_decodes`. All data shards take
-    one bucket: of `num_shards`, one may decode while another computes a chunk.
+    one bucket: of `num_shards`, one may decode while another computes a chunk. All tokens of a step with chunks are a
+    multiple of `multiple`.
     """
     rows = {n for n in (1, 4, 16, 24, 32, 48, 64, 128, 256, 512, 1024) if n < max_num_seqs} | {max_num_seqs}
     rows = {max(n, fewest_decodes) for n in rows}
@@ -72,7 +78,7 @@ def make_buckets(
     for size in sorted(sizes):
         is_small = size <= 64 and size < max_num_batched_tokens  # the largest must hold as many chunks as there may be
         chunks = min(_SMALL_CHUNKS, max_num_seqs) if is_small else max_chunks(max_num_seqs)
-        mixed += [Bucket(n, size, chunks) for n in (0, max_num_seqs)]
+        mixed += [Bucket(n, size + -(n + size) % multiple, chunks) for n in (0, max_num_seqs)]
     if max_num_seqs == num_shards == 1:
         mixed = [b for b in mixed if b.num_decodes == 0]
     return sorted(decode + mixed, key=lambda b: b.num_tokens)

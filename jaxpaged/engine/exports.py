@@ -21,7 +21,7 @@ import jax.export
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tqdm import tqdm
 
-from jaxpaged.config import EngineConfig
+from jaxpaged.config import PARALLEL_SIZES, EngineConfig
 from jaxpaged.engine.compilation import Build, Jitted, Lowered
 from jaxpaged.engine.runner import Runner
 from jaxpaged.errors import CheckpointError, ConfigError
@@ -93,7 +93,7 @@ def write(
     """
     if config.num_pages is None:
         raise ConfigError("num_pages is not set, and the pool's size is compiled in; set it for the device meant")
-    for name in ("tensor_parallel_size", "data_parallel_size"):
+    for name in PARALLEL_SIZES:
         if (size := getattr(config, name)) != 1:
             raise ConfigError(f"{name} is {size:,}; exports are for one device, set 1")
     _register()

@@ -27,7 +27,7 @@ def affordable_pages(config: EngineConfig, spec: Decoder, page_bytes: int, place
     else:
         budget = min(int(_free_host_memory() * config.memory_utilization), _CPU_POOL_BYTES)
         budget //= 1 if placement is None else placement.num_shards("data")  # their devices are one memory
-    shards = 1 if placement is None or here.platform == "cpu" else placement.num_shards("kv_heads")
+    shards = 1 if placement is None or here.platform == "cpu" else placement.num_shards("attention")
     return pages_within(budget, config, spec, page_bytes, shards)
 
 

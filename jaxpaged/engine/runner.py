@@ -144,7 +144,11 @@ class Runner:
         self._host = HostPages(self.cache.pools, self.num_host_pages)
         fewest = 1 if on_cpu else _FEWEST_DECODES
         self.buckets = batch.make_buckets(
-            config.max_num_seqs, self.max_num_batched_tokens, fewest_decodes=fewest, num_shards=self.num_shards
+            config.max_num_seqs,
+            self.max_num_batched_tokens,
+            fewest_decodes=fewest,
+            num_shards=self.num_shards,
+            multiple=1 if placement is None else placement.num_shards("sequence"),
         )
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
         self._max_rows = max(b.num_rows for b in self.buckets)

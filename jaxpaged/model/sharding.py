@@ -7,10 +7,15 @@ made to share equally among devices is told in `head_layout.py`.
 Data parallelism: a step's rows and the pool's pages are cut into shards, each with sequences and page ids of its own,
 and every shard has all the weights. What is computed runs under `shard_map` along that axis, on one shard's arrays as
 if there were no other, so that nothing can move between them.
+
+Context parallelism: where a step computes prompts, its tokens, the rows of every product, are cut. Attention alone
+needs others' keys: for it an all-to-all makes heads of rows, and another makes rows of heads after it. So pages are cut
+by heads along that axis too, none is held twice, and all devices attend to as much, wherever their rows are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -36,6 +41,9 @@ class ShardingRules:
     embed             the residual stream's width. Whole: cutting it would make every product a sum over devices
     data              the rows of a step and the pages: each part holds sequences of its own, all weights, and waits for
                       no other inside a step
+    sequence          the tokens of a step that computes prompts, as rows of every product; attention and pages have
+                      heads cut along it instead (besides `heads`), so that rows become heads before it and rows after.
+                      Every part has all weights that no other axis cuts
 
     A mesh axis that no rule names holds copies.
     """
@@ -46,11 +54,12 @@ class ShardingRules:
     vocab: str | None = "model"
     embed: str | None = None
     data: str | None = None
+    sequence: str | None = None
 
     @classmethod
-    def on(cls, axis: str | None, *, data: str | None = None) -> ShardingRules:
+    def on(cls, axis: str | None, *, data: str | None = None, sequence: str | None = None) -> ShardingRules:
         """The usual rules along a mesh axis of another name than "model"; None: each data shard has all of a layer."""
-        return cls(heads=axis, kv_heads=axis, ffn=axis, vocab=axis, data=data)
+        return cls(heads=axis, kv_heads=axis, ffn=axis, vocab=axis, data=data, sequence=sequence)
 
     @property
     def by_axis(self) -> Mapping[str | None, str | None]:
@@ -83,12 +92,13 @@ class Placement:
                 f"the sharding rules cut heads along {rules.heads!r} but kv_heads along {rules.kv_heads!r}; "
                 "a query head must lie where its kv head does: name one axis for both"
             )
-        shared = [str(name) for name, axis in rules.by_axis.items() if axis == rules.data and name != "data"]
-        if rules.data is not None and shared:
-            raise ConfigError(
-                f"the sharding rules cut data and {', '.join(shared)} along mesh axis {rules.data!r}; along the axis "
-                "of data every device has all the weights: name another one for data"
-            )
+        for name, axis in (("data", rules.data), ("sequence", rules.sequence)):
+            shared = [str(other) for other, its in rules.by_axis.items() if its == axis and other != name]
+            if axis is not None and shared:
+                raise ConfigError(
+                    f"the sharding rules cut {name} and {', '.join(shared)} along mesh axis {axis!r}; along the axis "
+                    f"of {name} every device has all the weights: name another one for {name}"
+                )
         # The partitioner decides what no rule says, whatever the caller's own program leaves to it.
         auto = (AxisType.Auto,) * len(names)
         is_abstract = isinstance(self.mesh, AbstractMesh)
@@ -97,20 +107,34 @@ class Placement:
 
     def num_shards(self, logical: str) -> int:
         """Into how many parts this logical axis is cut."""
-        axis = self.rules.by_axis[logical]
-        return 1 if axis is None else int(self.mesh.shape[axis])
+        return math.prod(int(self.mesh.shape[axis]) for axis in self._axes(logical))
 
     def partition(self, *logical: str | None) -> PartitionSpec:
         """How an array with these logical axes (None: whole) is cut. Raises ConfigError where two fall on one axis."""
-        axes = [None if name is None else self.rules.by_axis[name] for name in logical]
-        for axis in axes:
-            if axis is not None and axes.count(axis) > 1:
-                both = " and ".join(str(name) for name, a in zip(logical, axes, strict=True) if a == axis)
+        axes = [() if name is None else self._axes(name) for name in logical]
+        for axis in (axis for cut in axes for axis in cut):
+            if sum(axis in cut for cut in axes) > 1:
+                both = " and ".join(str(name) for name, cut in zip(logical, axes, strict=True) if axis in cut)
                 raise ConfigError(
                     f"the sharding rules cut {both} along mesh axis {axis!r}, and some weights have both; "
                     "set one of them to None or to another axis"
                 )
-        return PartitionSpec(*axes)
+        return PartitionSpec(*(None if not cut else cut[0] if len(cut) == 1 else cut for cut in axes))
+
+    def _axes(self, logical: str) -> tuple[str, ...]:
+        """The mesh axes that a logical one is cut along. That of "attention" is heads as they attend, and as pages hold
+        them: what a device has of the weights' heads, cut once more along the sequence's axis.
+        """
+        cut = ("heads", "sequence") if logical == "attention" else (logical,)
+        return tuple(axis for name in cut if (axis := self.rules.by_axis[name]) is not None)
+
+    def constrain(self, array: jax.Array, *logical: str | None) -> jax.Array:
+        """`array` cut so, inside a step whose rows may be cut; where no axis is for them, the partitioner decides."""
+        if self.rules.sequence is None:
+            return array
+        mesh: Any = self.mesh if self.rules.data is None else jax.sharding.get_abstract_mesh()
+        constrained: jax.Array = jax.lax.with_sharding_constraint(array, NamedSharding(mesh, self.partition(*logical)))
+        return constrained
 
     def sharding(self, *logical: str | None) -> NamedSharding:
         """The sharding of an array with these logical axes; of none: a copy on every device."""
@@ -121,7 +145,7 @@ class Placement:
 
         Raises ConfigError where ffn or vocabulary cannot be shared.
         """
-        fitted = fit_heads(spec, self.num_shards("heads"))
+        fitted = fit_heads(spec, self.num_shards("attention"))
         for path, leaf in flatten(param_specs(fitted)):
             self.partition(*leaf.axes)
             for size, logical in zip(leaf.shape, leaf.axes, strict=True):
@@ -142,7 +166,7 @@ class Placement:
             if isinstance(array, jax.ShapeDtypeStruct):
                 return jax.ShapeDtypeStruct(want[path].shape, array.dtype, sharding=self.sharding(*leaf.axes))
             if np.shape(array) != want[path].shape:
-                array = fit_leaf(array, path, spec, self.num_shards("heads"))
+                array = fit_leaf(array, path, spec, self.num_shards("attention"))
             return self._put(array, leaf)
 
         return map_specs(put, spec)
@@ -157,7 +181,7 @@ class Placement:
 
         def put(path: str, leaf: ParamSpec, read: ReadPart) -> jax.Array:
             shape, sharding = want[path].shape, self.sharding(*leaf.axes)
-            axes = fitted_axes(path, spec, self.num_shards("heads"))
+            axes = fitted_axes(path, spec, self.num_shards("attention"))
             here = sharding.addressable_devices_indices_map(shape).values()
             needed = []
             for axis, cuts in zip(axes, zip(*here, strict=True), strict=True):
@@ -170,11 +194,11 @@ class Placement:
 
     def cache_partition(self, pools: Any) -> Any:
         """How every leaf of one data shard's pools is cut: kv heads are axis 3 of pages and scales."""
-        return jax.tree.map(lambda leaf: self.partition(*(None, None, None, "kv_heads", None)[: leaf.ndim]), pools)
+        return jax.tree.map(lambda leaf: self.partition(*(None, None, None, "attention", None)[: leaf.ndim]), pools)
 
     def cache_shardings(self, pools: Any) -> Any:
         """Where the leaves of all shards' pools lie, whose pages are end to end."""
-        return jax.tree.map(lambda leaf: self.sharding(*("data", None, None, "kv_heads", None)[: leaf.ndim]), pools)
+        return jax.tree.map(lambda leaf: self.sharding(*("data", None, None, "attention", None)[: leaf.ndim]), pools)
 
     def over_data(self, function: Callable[..., Any], whole: Collection[int] = ()) -> Callable[..., Any]:
         """`function` of one data shard's arrays as one of all shards', end to end along each array's first axis.
@@ -239,19 +263,23 @@ def _part(
     return part
 
 
-def parallel(tensor: int = 1, data: int = 1, rules: ShardingRules | None = None) -> Placement:
-    """A mesh of the first `data` x `tensor` devices. Raises ConfigError where there are fewer."""
+def parallel(tensor: int = 1, data: int = 1, sequence: int = 1, rules: ShardingRules | None = None) -> Placement:
+    """A mesh of the first `data` x `sequence` x `tensor` devices. Raises ConfigError where there are fewer."""
     devices = jax.devices()
-    if not 1 <= tensor * data <= len(devices):
-        asked = f"tensor_parallel_size is {tensor}"
-        if data > 1:
-            asked += f" and data_parallel_size {data}, {tensor * data} devices together,"
+    if not 1 <= (needed := data * sequence * tensor) <= len(devices):
+        sizes = {"tensor_parallel_size": tensor, "data_parallel_size": data, "prefill_context_parallel_size": sequence}
+        (name, size), *others = [(name, size) for name, size in sizes.items() if size > 1]
+        asked = f"{name} is {size}" + "".join(f" and {other} {n}" for other, n in others)
+        asked += f", {needed} devices together," if others else ""
         raise ConfigError(
             f"{asked} but JAX sees {len(devices)} {devices[0].platform} device(s); "
-            f"lower it to at most {max(1, len(devices) // data)}" + (", or data_parallel_size" if data > 1 else "")
+            f"lower it to at most {max(1, len(devices) * size // needed)}"
+            + "".join(f", or {other}" for other, _ in others)
         )
     rules = rules or ShardingRules()
     if data > 1 and rules.data is None:
         rules = replace(rules, data="data")
-    axes = {rules.data or "data": data, rules.heads or "model": tensor}
-    return Placement(Mesh(np.asarray(devices[: tensor * data]).reshape(tuple(axes.values())), tuple(axes)), rules)
+    if sequence > 1 and rules.sequence is None:
+        rules = replace(rules, sequence="sequence")
+    axes = {rules.data or "data": data, rules.sequence or "sequence": sequence, rules.heads or "model": tensor}
+    return Placement(Mesh(np.asarray(devices[:needed]).reshape(tuple(axes.values())), tuple(axes)), rules)

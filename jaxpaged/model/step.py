@@ -68,19 +68,25 @@ def forward(
         return _forward_in_blocks(params, cache, inputs, tokens, spec, attention_backend)
     num_decode = inputs.kv_lens.shape[0] - (inputs.cu_q_lens.shape[0] - 1)
     num_tokens = inputs.token_ids.shape[0]
+    # A step that only decodes has few rows: to split them would take longer than it saves.
+    rows = "sequence" if num_decode < num_tokens else None
+
+    def cut(x: Array, *logical: str | None) -> Array:
+        return x if placement is None else placement.constrain(x, *logical)
 
     def attend(pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Pool]:
         if placement is None:
             return attend_here(pool, q, k, v, a, sinks, inputs)
-        heads, kv_heads = (placement.partition(None, axis, None) for axis in ("heads", "kv_heads"))
+        heads = placement.partition(None, "attention", None)
         pools = placement.cache_partition(pool)
         here = placement.on_each(
             lambda pool, q, k, v, sinks, inputs: attend_here(pool, q, k, v, a, sinks, inputs),
-            in_specs=(pools, heads, kv_heads, kv_heads, placement.partition("heads"), placement.partition()),
+            in_specs=(pools, heads, heads, heads, placement.partition("attention"), placement.partition()),
             out_specs=(heads, pools),
         )
-        attended: tuple[Array, Pool] = here(pool, q, k, v, sinks, inputs)
-        return attended
+        q, k, v = cut(q, rows, "heads", None), cut(k, rows, "kv_heads", None), cut(v, rows, "kv_heads", None)
+        out, pool = here(pool, q, k, v, sinks, inputs)
+        return cut(out, rows, "heads", None), pool
 
     def attend_here(
         pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None, inputs: StepInputs
@@ -97,7 +103,8 @@ def forward(
             parts.append(ragged_paged_attention(*chunks, **options))
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0], pool
 
-    hidden, pools = hidden_states(params, tokens, inputs.positions, inputs.rope_lens, spec, cache.pools, attend)
+    tokens, positions, rope_lens = (cut(x, rows) for x in (tokens, inputs.positions, inputs.rope_lens))
+    hidden, pools = hidden_states(params, tokens, positions, rope_lens, spec, cache.pools, attend)
     return KVCache(pools), ForwardOutputs(logits(params, hidden[inputs.logit_rows], spec), hidden)
 
 
