@@ -12,7 +12,8 @@ from jaxpaged import AsyncEngine, Engine, EngineConfig, RequestError, SamplingPa
 from jaxpaged.errors import EngineDeadError, QueueFullError
 from jaxpaged.model.params import dummy_params
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
-from jaxpaged.server.async_engine import Inbox, NewRequest
+from jaxpaged.server.async_engine import NewRequest
+from jaxpaged.server.inbox import Inbox
 
 _NORM = Norm("rms", 1e-5)
 _BLOCK = Block(Attention(4, 2, 8, 8**-0.5, Rope(1e4, 8)), Mlp(48, "silu"), _NORM)

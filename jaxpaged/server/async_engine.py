@@ -30,6 +30,7 @@ from jaxpaged.llm import LLM
 from jaxpaged.model.params import Params
 from jaxpaged.outputs import Pooling, RequestOutput
 from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.server.inbox import Inbox
 
 log = logging.getLogger("jaxpaged")
 
@@ -59,31 +60,6 @@ class _Call:
 
     function: Callable[[Engine], Any]
     future: Future[Any]
-
-
-class Inbox:
-    """Outputs of one or several requests on their way to one reader, in the event loop in which it was made."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._items: deque[RequestOutput | EngineDeadError] = deque()
-        self._reader: asyncio.Future[None] | None = None
-
-    def put(self, item: RequestOutput | EngineDeadError) -> None:
-        """Called in the inbox's loop."""
-        self._items.append(item)
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    async def get(self) -> RequestOutput:
-        """The next output. Raises EngineDeadError where none will come any more."""
-        while not self._items:
-            self._reader = self.loop.create_future()
-            await self._reader
-        item = self._items.popleft()
-        if isinstance(item, EngineDeadError):
-            raise item
-        return item
 
 
 class AsyncEngine:
@@ -165,7 +141,7 @@ class AsyncEngine:
 
     async def _outputs(self, request: NewRequest) -> AsyncGenerator[RequestOutput, None]:
         """Until the request has finished; closing ends it."""
-        inbox = Inbox()
+        inbox = Inbox(holds_deltas=request.output_kind == "delta")
         await self.submit([request], inbox)
         finished = False
         try:

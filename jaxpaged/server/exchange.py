@@ -99,5 +99,18 @@ def event(value: Any, name: str | None = None) -> bytes:
     return head + b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
+class Envelope:
+    """Events that differ in one field and what follows it: the rest is encoded once."""
+
+    def __init__(self, head: Mapping[str, Any], field: str) -> None:
+        self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"' + field.encode() + b'":'
+
+    def event(self, value: Any, rest: Mapping[str, Any]) -> bytes:
+        """One of them; `rest` are fields after it."""
+        encode = msgspec.json.encode
+        tail = b"," + encode(rest)[1:] + b"\n\n" if rest else b"}\n\n"
+        return self._head + encode(value) + tail
+
+
 def _too_large(size: int) -> Fault:
     return Fault(413, f"the body has {size:,} bytes or more; at most {MAX_BODY:,} are taken")

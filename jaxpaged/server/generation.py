@@ -18,9 +18,12 @@ from jaxpaged.server.answers import (
     prompt_logprobs,
     usage,
 )
-from jaxpaged.server.async_engine import AsyncEngine, Inbox, NewRequest
-from jaxpaged.server.exchange import Exchange, event
+from jaxpaged.server.async_engine import AsyncEngine, NewRequest
+from jaxpaged.server.exchange import Envelope, Exchange, event
+from jaxpaged.server.inbox import Inbox
 from jaxpaged.server.protocol import MAX_PROMPTS, CompletionRequest, Generation, sampling_params
+
+MAX_EVENTS = 64  # of one write
 
 Observer = Callable[[RequestOutput, int], None]
 """Told of each request that has finished, and how many tokens were generated for it."""
@@ -57,6 +60,11 @@ class Run:
     async def __aexit__(self, *error: object) -> None:
         if self._open:
             self._engine.discard(self._open, self._inbox)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the next output is there already."""
+        return self._inbox.has_output
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Each output with the place of its prompt, until all have finished."""
@@ -117,10 +125,11 @@ async def _stream(exchange: Exchange, run: Run, request: Generation, head: Json,
     ended: set[int] = set()
     prompts: dict[int, RequestOutput] = {}
     generated = 0
+    envelope = Envelope(head, "choices")
+    events: list[bytes] = []
     await exchange.start_events()
     async for place, output in run.outputs():
         prompts[place] = output
-        events = []
         for completion in output.outputs:
             index = place * n + completion.index
             if index in ended or not (completion.token_ids or completion.finished):
@@ -129,12 +138,13 @@ async def _stream(exchange: Exchange, run: Run, request: Generation, head: Json,
             for part in form.parts(index, completion, output, index not in seen):
                 if continuous:
                     extra = {"usage": usage(list(prompts.values()), generated)}
-                events.append(event(head | {"choices": [part]} | extra))
+                events.append(envelope.event([part], extra))
             seen.add(index)
             if completion.finished:
                 ended.add(index)
-        if events:
+        if events and not (run.is_behind and len(events) < MAX_EVENTS):  # one write for all that is there
             await exchange.send_events(b"".join(events))
+            events.clear()
     if with_usage:
         last = {"choices": [], "usage": usage([prompts[place] for place in sorted(prompts)], generated)}
         await exchange.send_events(event(head | last))
