@@ -170,9 +170,9 @@ def test_no_step_copies_an_eight_bit_pool(int8_llm):
     engine = int8_llm.engine.runner
     pool_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.cache))
     calls = [
-        engine._scrub(),
-        engine._copy_pages(),
-        *(engine._forward(b) for b in (engine.buckets[0], engine.buckets[-1])),
+        engine.functions.scrub(),
+        engine.functions.copy_pages(),
+        *(engine.functions.forward(b) for b in (engine.buckets[0], engine.buckets[-1])),
     ]
     assert all(call.memory_analysis().alias_size_in_bytes >= pool_bytes for call in calls)
 

@@ -51,12 +51,12 @@ def test_each_device_computes_a_quarter_of_the_rows_and_moves_no_weight_and_no_p
     spec, bucket = MODELS[name], Bucket(4, 28, 4)
     cut = engine_of(name, 4).engine.runner
     one = LLM((cut.spec, weights(cut.spec)), **ENGINE).engine.runner  # as many heads, some of them twice
-    whole, part = (products(runner._forward(bucket).as_text()) for runner in (one, cut))
+    whole, part = (products(runner.functions.forward(bucket).as_text()) for runner in (one, cut))
     head = Counter({bucket.num_rows * spec.vocab_size: 1})
     assert whole > head
     assert part - head == Counter({size // 4: count for size, count in (whole - head).items()})
 
-    found = moved(cut._forward(bucket).as_text())
+    found = moved(cut.functions.forward(bucket).as_text())
     exchanged = sum(m.size * count for m, count in found.items() if m.kind == "all-to-all")
     mixers = [block.mixer for block in cut.spec.blocks]
     assert exchanged == sum(2 * (a.heads + a.kv_heads) * a.head_dim * bucket.num_tokens // 4 for a in mixers)
@@ -66,7 +66,9 @@ def test_each_device_computes_a_quarter_of_the_rows_and_moves_no_weight_and_no_p
 
 def test_a_step_that_only_decodes_moves_what_each_device_attended_and_nothing_else():
     runner = engine_of("llama", 4).engine.runner
-    found = {(m.kind, m.shape): count for m, count in moved(runner._forward(Bucket(4, 0, 0)).as_text()).items()}
+    found = {
+        (m.kind, m.shape): count for m, count in moved(runner.functions.forward(Bucket(4, 0, 0)).as_text()).items()
+    }
     assert found == {("all-gather", (4, 8, 8)): 2}
 
 

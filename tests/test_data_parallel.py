@@ -133,15 +133,15 @@ def test_each_device_holds_its_shards_pages_and_all_shards_have_the_weights():
 
 def test_no_compiled_function_lets_shards_talk_and_a_step_moves_neither_weights_nor_pages():
     runner = engine_of(2, 2, max_num_seqs=2, max_num_batched_tokens=8).engine.runner
-    bucket = runner.buckets[-1]
-    step, by_rows = runner._forward(bucket), (runner._sample, runner._logprobs, runner._edit, runner._restrict)
-    compiled = [step, runner._prompt_logprobs(bucket.num_tokens), runner._copy_pages(), runner._scrub()]
-    compiled += [function(bucket.num_rows) for function in by_rows]
+    bucket, of = runner.buckets[-1], runner.functions
+    step = of.forward(bucket)
+    compiled = [step, of.prompt_logprobs(bucket.num_tokens), of.copy_pages(), of.scrub()]
+    compiled += [function(bucket.num_rows) for function in (of.sample, of.logprobs, of.edit, of.restrict)]
     for function in compiled:
         together = groups(function.as_text())
         assert bool(together) == bool(moved(function.as_text()))
         assert all({0, 1} >= set(group) or {2, 3} >= set(group) for group in together)
-    assert groups(runner._sample(bucket.num_rows).as_text())
+    assert groups(of.sample(bucket.num_rows).as_text())
     sums = moved(step.as_text())
     assert {array.kind for array in sums} == {"all-reduce"}
     assert sums.total() == 2 * 2 + 1

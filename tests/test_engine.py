@@ -428,13 +428,13 @@ class _no_compilation:
 def test_no_step_copies_the_pool(llm):
     runner = llm.engine.runner
     pool_bytes = sum(pool.nbytes for pool in jax.tree.leaves(runner.cache))
-    for whole in (runner._scrub(), runner._copy_pages(), runner._write_pages()):
+    for whole in (runner.functions.scrub(), runner.functions.copy_pages(), runner.functions.write_pages()):
         assert whole.memory_analysis().alias_size_in_bytes >= pool_bytes
     copied = 32 * pool_bytes // runner.cache.num_pages
-    for some in (runner._copy_pages(), runner._read_pages(), runner._write_pages()):
+    for some in (runner.functions.copy_pages(), runner.functions.read_pages(), runner.functions.write_pages()):
         assert some.memory_analysis().temp_size_in_bytes < copied + 2**16
     for bucket in runner.buckets:
-        memory = runner._forward(bucket).memory_analysis()
+        memory = runner.functions.forward(bucket).memory_analysis()
         assert memory.alias_size_in_bytes >= pool_bytes
         activations = 64 * bucket.num_tokens * (VOCAB + 48 + 8 * 32) * 4 + 2**20
         assert memory.temp_size_in_bytes < activations

@@ -65,7 +65,7 @@ def test_the_pool_is_updated_in_place(exported, weights):
     runner, traced = (llm.engine.runner for llm in (LLM.from_export(exported), LLM((SPEC, weights), config=CONFIG)))
     pool = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.cache))
     for bucket in runner.buckets[:2]:
-        ours, theirs = (r._forward(bucket).memory_analysis() for r in (runner, traced))
+        ours, theirs = (r.functions.forward(bucket).memory_analysis() for r in (runner, traced))
         assert ours.alias_size_in_bytes >= pool
         assert ours.temp_size_in_bytes <= theirs.temp_size_in_bytes
 

@@ -110,7 +110,7 @@ def test_each_device_holds_its_share_of_weights_and_pool():
 def test_a_step_sums_twice_a_layer_and_once_for_the_embedding_and_moves_nothing_else(name, bucket):
     spec = MODELS[name]
     llm = LLM((spec, weights(spec)), tensor_parallel_size=2, **ENGINE)
-    compiled = llm.engine.runner._forward(bucket)
+    compiled = llm.engine.runner.functions.forward(bucket)
     sums = Moved("all-reduce", "f32", (bucket.num_tokens, spec.dim))
     assert moved(compiled.as_text()) == {sums: 2 * len(spec.blocks) + 1}
     pools = sum(leaf.nbytes for leaf in jax.tree.leaves(llm.engine.runner.cache))
@@ -122,7 +122,7 @@ def test_a_step_sums_twice_a_layer_and_once_for_the_embedding_and_moves_nothing_
 def test_sampling_gathers_no_row_of_logits(vocab):
     spec = replace(llama(), vocab_size=vocab)
     llm = LLM((spec, weights(spec)), tensor_parallel_size=4, **ENGINE)
-    found = moved(llm.engine.runner._sample(4).as_text())
+    found = moved(llm.engine.runner.functions.sample(4).as_text())
     assert 0 < max(m.size for m in found) <= 4 * 128
 
 

@@ -63,7 +63,7 @@ def compiled(num_devices: int, name: str, size: int | Bucket, data: int = 1, seq
     config = EngineConfig(num_pages=4096, **settings)
     params = map_specs(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), LLAMA)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return getattr(Runner(LLAMA, params, config, Placement(mesh, rules)), f"_{name}")(size)
+        return getattr(Runner(LLAMA, params, config, Placement(mesh, rules)).functions, name)(size)
 
 
 @pytest.mark.parametrize("num_devices", [4, 8])

@@ -105,8 +105,12 @@ def write(
         steps.mkdir(parents=True)
         with as_if_on(platform, gpu):
             devices[platform] = current_device()._asdict()
-            jobs = Runner(spec, params, dataclasses.replace(config, host_cache_gb=0.0), build=_writer(steps, platform))
-            for job in tqdm(jobs.functions(), desc=f"exporting for {platform}", disable=not show_progress, leave=False):
+            runner = Runner(
+                spec, params, dataclasses.replace(config, host_cache_gb=0.0), build=_writer(steps, platform)
+            )
+            for job in tqdm(
+                runner.functions.jobs(), desc=f"exporting for {platform}", disable=not show_progress, leave=False
+            ):
                 job()
         count += len(list(steps.iterdir()))
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}

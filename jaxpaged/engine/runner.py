@@ -1,18 +1,18 @@
-"""The one place where the host meets the device: owns params, cache and the compiled steps.
+"""The one place where the host meets the device: owns params and cache, and dispatches and reads steps.
 
-Every function is compiled ahead of time, once per bucket, so that a call cannot compile. A step is dispatched without
-waiting for the one before: the tokens that one sampled stay on the device and are this one's input. `read` waits.
+Every function is compiled ahead of time (`step_functions.py`), so that a call cannot compile. A step is dispatched
+without waiting for the one before: the tokens that one sampled stay on the device and are this one's input. `read`
+waits.
 
-Where a placement cuts data, every function is one data shard's, run for all of them by `Placement.over_data`: each
-shard's plan is packed for itself, and the arrays of all lie end to end, so that row r of shard s is row s * rows + r.
+Where a placement cuts data, each shard's plan is packed for itself, and the arrays of all lie end to end: row r of
+shard s is row s * rows + r.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import numpy as np
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import batch
 from jaxpaged.engine.batch import Bucket
-from jaxpaged.engine.compilation import Build, Compiler, Jitted, traced, use_compilation_cache
+from jaxpaged.engine.compilation import Build, Compiler, traced, use_compilation_cache
 from jaxpaged.engine.embedding import Embedded, pack_embedded
 from jaxpaged.engine.host_pages import HostPages, pages_worth_moving
 from jaxpaged.engine.logit_edits import RowEdits, row_edits
@@ -33,33 +33,26 @@ from jaxpaged.engine.processors import Processors
 from jaxpaged.engine.request import Sequence as TokenSequence
 from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.engine.stacking import stack, stack_found, stack_pieces
+from jaxpaged.engine.step_functions import StepFunctions, as_shape
 from jaxpaged.engine.weights import Layout
 from jaxpaged.errors import ConfigError
 from jaxpaged.kernels.tiles import current_device
-from jaxpaged.model import sampling
 from jaxpaged.model.cache import (
     KVCache,
     cache_shapes,
-    copy_pages,
     page_bytes,
     pool_dtype,
-    read_pages,
-    scrub,
-    write_pages,
 )
-from jaxpaged.model.embedding import sum_by_owner
 from jaxpaged.model.params import Params, check_params
-from jaxpaged.model.sampling import Edits, Logprobs, Sampled, SamplingInputs
+from jaxpaged.model.sampling import Logprobs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
-from jaxpaged.model.step import ForwardOutputs, StepInputs, forward
 
 log = logging.getLogger("jaxpaged")
 
 _NOTHING: Any = np.empty(0)
 _NO_LOGPROBS = Logprobs(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
 _FEWEST_DECODES = 4  # on a GPU XLA makes products of one row in more pieces: 20 kernels a layer instead of 14
-_ALWAYS_TRACED = ("read_pages", "write_pages", "sum_hidden")  # they know nothing of the model, and are small
 
 
 class PromptPart(NamedTuple):
@@ -125,8 +118,6 @@ class Runner:
         on_cpu = current_device().platform == "cpu"
         self.max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
         self.max_num_batched_tokens = max(self.max_num_batched_tokens, config.max_num_seqs)
-        self.attention_backend = config.attention_backend
-        self.batch_invariant = config.batch_invariant
         dtype = params["embed"]["w"].dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
         self.page_bytes = page_bytes(spec, config.page_size, dtype)
         fit = PoolFit(spec, params["embed"]["w"].dtype, dtype, config)
@@ -151,10 +142,19 @@ class Runner:
             multiple=1 if placement is None else placement.num_shards("sequence"),
         )
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
-        self._max_rows = max(b.num_rows for b in self.buckets)
-        self._nothing_sampled: Any = np.zeros(self.num_shards * self._max_rows, np.int32)
-        self._build = build
         self._compiler = Compiler()
+        self.functions = StepFunctions(
+            spec,
+            self.params,
+            self.cache,
+            config,
+            self.buckets,
+            max_pages=self.max_pages,
+            compiler=self._compiler,
+            placement=placement,
+            build=build,
+        )
+        self._nothing_sampled: Any = np.zeros(self.num_shards * self.functions.max_rows, np.int32)
         self.processors = Processors(self._compiler, spec.vocab_size)
         use_compilation_cache(config.compilation_cache_dir)
 
@@ -192,11 +192,11 @@ class Runner:
         """Free the pool, which nobody else holds, and let go of the weights, which others may hold."""
         self._host.settle(wait=True)
         pools = [leaf for leaf in jax.tree.leaves(self.cache) if isinstance(leaf, jax.Array)]
-        self.cache = jax.tree.map(_as_shape, self.cache)
+        self.cache = jax.tree.map(as_shape, self.cache)
         for pool in pools:
             pool.delete()
         if drop_params:
-            self.params = jax.tree.map(_as_shape, self.params)
+            self.params = jax.tree.map(as_shape, self.params)
 
     def wake(self) -> None:
         """Make the pool, if there is none."""
@@ -204,24 +204,11 @@ class Runner:
             zeros = (jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in jax.tree.leaves(self.cache))
             self.cache = jax.tree.unflatten(jax.tree.structure(self.cache), zeros)
 
-    def functions(self) -> list[Callable[[], object]]:
-        """A call for each function and bucket that compiles it, unless it has been."""
-        jobs: list[Callable[[], object]] = []
-        for bucket in reversed(self.buckets):  # the largest take longest
-            jobs.append(partial(self._forward, bucket))
-            if bucket.num_chunk_tokens:
-                jobs.append(partial(self._prompt_logprobs, bucket.num_tokens))
-        for rows in {bucket.num_rows for bucket in self.buckets}:
-            jobs += [partial(f, rows) for f in (self._sample, self._logprobs, self._edit, self._restrict)]
-        jobs += [self._scrub, self._copy_pages]
-        jobs += [self._read_pages, self._write_pages] if self.num_host_pages else []
-        return jobs
-
     def warm_up(self, *, show_progress: bool = True) -> None:
         """Compile every function for every bucket, so that no later step compiles."""
         started = time.monotonic()
         before = self.num_compilations
-        self._compiler.ahead(self.functions(), show_progress=show_progress)
+        self._compiler.ahead(self.functions.jobs(), show_progress=show_progress)
         count, seconds = self.num_compilations - before, time.monotonic() - started
         log.info("compiled %d functions for %d buckets in %.1f s", count, len(self.buckets), seconds)
 
@@ -241,19 +228,19 @@ class Runner:
         self._move(plans)
         copies = [batch.pack_copies(plan, self.num_pages) for plan in plans]
         for pages in stack_pieces(copies, batch.no_copies(self.num_pages)):
-            self.cache = self._copy_pages()(self.cache, *pages)
+            self.cache = self.functions.copy_pages()(self.cache, *pages)
         fed = before.outputs.tokens if before else self._nothing_sampled
-        self.cache, (raw, hidden) = self._forward(bucket)(self.params, self.cache, inputs, fed)
+        self.cache, (raw, hidden) = self.functions.forward(bucket)(self.params, self.cache, inputs, fed)
         logits, processed = self.processors.apply(self._edited(raw, plans, bucket), rows)
         drawn = stack([batch.pack_sampling(plan, bucket, self.spec.vocab_size) for plan in plans])
         everyone = () if self.num_shards == 1 else (drawn,)
-        sampled = self._sample(bucket.num_rows)(logits, drawn, *everyone)
+        sampled = self.functions.sample(bucket.num_rows)(logits, drawn, *everyone)
         self.processors.observe(processed, sampled.tokens)
         # Logprobs are a call of their own, and not a condition on the device, which the host would have to wait for.
         temperature = stack_found([batch.pack_score_temperature(plan, bucket) for plan in plans], 1)
         logprobs = _NO_LOGPROBS
         if temperature is not None:
-            logprobs = self._logprobs(bucket.num_rows)(raw, sampled.tokens, temperature)
+            logprobs = self.functions.logprobs(bucket.num_rows)(raw, sampled.tokens, temperature)
         outputs = StepOutputs(*sampled, logprobs)
         parts, embedded = self._prompt_parts(plans, bucket, hidden), self._embedded(plans, bucket, hidden)
         return InFlight(bucket.num_rows, rows, outputs, parts, embedded, self.param_version)
@@ -274,7 +261,7 @@ class Runner:
         """Zero these pages of a data shard, after all that has been dispatched."""
         ids = np.full((self.num_shards, self.max_pages), self.num_pages, np.int32)
         ids[shard, : len(pages)] = pages
-        self.cache = self._scrub()(self.cache, ids.reshape(-1))
+        self.cache = self.functions.scrub()(self.cache, ids.reshape(-1))
 
     @property
     def min_host_pages(self) -> int:
@@ -282,78 +269,6 @@ class Runner:
         num_params = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         most = batch.MOVES_PER_CALL
         return pages_worth_moving(most * self.page_bytes, self.cache.page_size, num_params, jax.default_backend(), most)
-
-    def _move(self, plans: Sequence[Plan]) -> None:
-        """Pages to the host, which the step may write over, then pages from there, which it may read."""
-        if not self.num_host_pages:
-            return
-        (plan,) = plans
-        for pages, slots in batch.pack_moves_out(plan):
-            self._host.put(slots, self._read_pages()(self.cache, pages))
-        for pages, slots in batch.pack_moves_in(plan, self.num_pages):
-            self.cache = self._write_pages()(self.cache, pages, self._host.get(slots))
-
-    def _edited(self, raw: jax.Array, plans: Sequence[Plan], bucket: Bucket) -> jax.Array:
-        """The logits to sample from: `raw` itself unless a sequence wants some changed."""
-        logits = raw
-        edits = [batch.pack_edits(_edits_of(plan, bucket), bucket.num_rows) for plan in plans]
-        for piece in stack_pieces(edits, batch.no_edits(bucket.num_rows)):
-            logits = self._edit(bucket.num_rows)(logits, piece)
-        everything = np.iinfo(np.uint32).max
-        allowed = stack_found([batch.pack_allowed(plan, bucket, self.spec.vocab_size) for plan in plans], everything)
-        return logits if allowed is None else self._restrict(bucket.num_rows)(logits, allowed)
-
-    def _prompt_parts(self, plans: Sequence[Plan], bucket: Bucket, hidden: jax.Array) -> list[PromptPart]:
-        """Logprobs of the prompt tokens that follow this step's tokens, where a request wants them."""
-        parts = []
-        for pieces in zip_longest(*(batch.prompt_pieces(plan, bucket) for plan in plans)):
-            rows, targets = np.zeros((2, len(plans), batch.PROMPT_ROWS), np.int32)
-            for shard, piece in enumerate(pieces):
-                if piece is not None:
-                    rows[shard], targets[shard] = piece.rows, piece.targets
-            found = self._prompt_logprobs(bucket.num_tokens)(self.params, hidden, rows.reshape(-1), targets.reshape(-1))
-            for shard, piece in enumerate(pieces):
-                if piece is not None:
-                    first = shard * batch.PROMPT_ROWS
-                    parts.append(PromptPart(piece.sequence, piece.start, piece.num_rows, first, found))
-        return parts
-
-    def _embedded(self, plans: Sequence[Plan], bucket: Bucket, hidden: jax.Array) -> Embedded:
-        """Sums of hidden states, where a request wants an embedding."""
-        each = [pack_embedded(plan, bucket) for plan in plans]
-        parts = [(shard * bucket.num_rows + row, c) for shard, (e, _) in enumerate(each) for row, c in e.parts]
-        return Embedded(parts, self._sum_hidden(bucket)(hidden, stack([o for _, o in each])) if parts else None)
-
-    def _compile(self, key: tuple[str, int | Bucket], jitted: Jitted, *shapes: Any) -> Callable[..., Any]:
-        """The function compiled for these shapes, now or before."""
-        name, size = key
-        sizes = size if isinstance(size, Bucket) else (size,)
-        build = traced if name in _ALWAYS_TRACED else self._build
-        return self._compiler.get((name, sizes), build, jitted, jax.tree.map(self._on_mesh, shapes))
-
-    def _jit(
-        self, function: Callable[..., Any], outputs: Any, *, donate: int | None = None, whole: Sequence[int] = ()
-    ) -> Jitted:
-        """`function` of one data shard to be compiled, its `outputs` (a prefix of them, in shardings) where later calls
-        expect them; arguments `whole` are the same for all shards.
-        """
-        donated = () if donate is None else (donate,)
-        if self.placement is None:
-            return function, {"donate_argnums": donated}
-        return self.placement.over_data(function, whole), {"donate_argnums": donated, "out_shardings": outputs}
-
-    def _on_mesh(self, shape: Any) -> Any:
-        """A shape that does not say where it lies: of one data shard's rows, so that there are as many of each."""
-        if self.placement is None or not isinstance(shape, jax.ShapeDtypeStruct) or shape.sharding is not None:
-            return shape
-        rows, *rest = shape.shape
-        return jax.ShapeDtypeStruct((self.num_shards * rows, *rest), shape.dtype, sharding=self._rows)
-
-    def _everywhere(self, shape: Any) -> Any:
-        """A shape of one data shard's rows, as those of all, a copy on every device."""
-        rows, *rest = shape.shape
-        sharding = None if self.placement is None else self.placement.sharding()
-        return jax.ShapeDtypeStruct((self.num_shards * rows, *rest), shape.dtype, sharding=sharding)
 
     def _cache_shapes(self, num_pages: int, page_size: int, dtype: Any) -> KVCache:
         """What the cache is, `num_pages` for each data shard, and where: no device ever holds more than its part."""
@@ -366,127 +281,49 @@ class Runner:
 
         return KVCache(jax.tree.map(placed, shapes.pools, self.placement.cache_shardings(shapes.pools)))
 
-    @property
-    def _rows(self) -> Any:
-        """The sharding of rows, of which each device of a data shard has a copy."""
-        return None if self.placement is None else self.placement.sharding("data")
+    def _move(self, plans: Sequence[Plan]) -> None:
+        """Pages to the host, which the step may write over, then pages from there, which it may read."""
+        if not self.num_host_pages:
+            return
+        (plan,) = plans
+        for pages, slots in batch.pack_moves_out(plan):
+            self._host.put(slots, self.functions.read_pages()(self.cache, pages))
+        for pages, slots in batch.pack_moves_in(plan, self.num_pages):
+            self.cache = self.functions.write_pages()(self.cache, pages, self._host.get(slots))
 
-    @property
-    def _cut_logits(self) -> Any:
-        return None if self.placement is None else self.placement.sharding("data", "vocab")
+    def _edited(self, raw: jax.Array, plans: Sequence[Plan], bucket: Bucket) -> jax.Array:
+        """The logits to sample from: `raw` itself unless a sequence wants some changed."""
+        logits = raw
+        edits = [batch.pack_edits(_edits_of(plan, bucket), bucket.num_rows) for plan in plans]
+        for piece in stack_pieces(edits, batch.no_edits(bucket.num_rows)):
+            logits = self.functions.edit(bucket.num_rows)(logits, piece)
+        everything = np.iinfo(np.uint32).max
+        allowed = stack_found([batch.pack_allowed(plan, bucket, self.spec.vocab_size) for plan in plans], everything)
+        return logits if allowed is None else self.functions.restrict(bucket.num_rows)(logits, allowed)
 
-    @property
-    def _cache_shardings(self) -> Any:
-        return jax.tree.map(lambda leaf: leaf.sharding, self.cache)
+    def _prompt_parts(self, plans: Sequence[Plan], bucket: Bucket, hidden: jax.Array) -> list[PromptPart]:
+        """Logprobs of the prompt tokens that follow this step's tokens, where a request wants them."""
+        parts = []
+        for pieces in zip_longest(*(batch.prompt_pieces(plan, bucket) for plan in plans)):
+            rows, targets = np.zeros((2, len(plans), batch.PROMPT_ROWS), np.int32)
+            for shard, piece in enumerate(pieces):
+                if piece is not None:
+                    rows[shard], targets[shard] = piece.rows, piece.targets
+            told = self.functions.prompt_logprobs(bucket.num_tokens)
+            found = told(self.params, hidden, rows.reshape(-1), targets.reshape(-1))
+            for shard, piece in enumerate(pieces):
+                if piece is not None:
+                    first = shard * batch.PROMPT_ROWS
+                    parts.append(PromptPart(piece.sequence, piece.start, piece.num_rows, first, found))
+        return parts
 
-    def _forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, ForwardOutputs]]:
-        step = partial(forward, spec=self.spec, attention_backend=self.attention_backend, placement=self.placement)
-        step = partial(step, batch_invariant=self.batch_invariant)
-        outputs = (self._cache_shardings, ForwardOutputs(self._cut_logits, self._rows))
-        function = self._jit(step, outputs, donate=1, whole=(0,))
-        tokens, rows = bucket.num_tokens, bucket.num_rows
-        inputs = StepInputs(
-            token_ids=_shape(tokens),
-            feedback=_shape(tokens),
-            positions=_shape(tokens),
-            rope_lens=_shape(tokens),
-            slots=_shape(tokens),
-            page_table=_shape(rows, self.max_pages),
-            kv_lens=_shape(rows),
-            cu_q_lens=_shape(bucket.num_chunks + 1),
-            logit_rows=_shape(rows),
-        )
-        return self._compile(("forward", bucket), function, self.params, self.cache, inputs, _shape(self._max_rows))
-
-    def _sample(self, rows: int) -> Callable[..., Sampled]:
-        """Where there are several data shards, each also takes the inputs of all."""
-
-        def padded(logits: jax.Array, inputs: SamplingInputs, everyone: SamplingInputs | None = None) -> Sampled:
-            """All buckets give as many tokens, so that the next step's shape does not depend on this one's."""
-            if self.batch_invariant:
-                sampled = sampling.sample_in_blocks(logits, inputs)
-            else:
-                sampled = sampling.sample(logits, inputs, everyone, placement=self.placement)
-            return sampled._replace(tokens=jnp.pad(sampled.tokens, (0, self._max_rows - rows)))
-
-        inputs = SamplingInputs(
-            temperature=_shape(rows, dtype=np.float32),
-            top_k=_shape(rows),
-            top_p=_shape(rows, dtype=np.float32),
-            min_p=_shape(rows, dtype=np.float32),
-            seeds=_shape(rows, 2, dtype=np.uint32),
-            positions=_shape(rows),
-        )
-        everyone = () if self.num_shards == 1 else (jax.tree.map(self._everywhere, inputs),)
-        function = self._jit(padded, self._rows, whole=(2,))
-        return self._compile(("sample", rows), function, self._logits(rows), inputs, *everyone)
-
-    def _logprobs(self, rows: int) -> Callable[..., Logprobs]:
-        told = partial(sampling.logprobs_of, batch_invariant=self.batch_invariant, placement=self.placement)
-
-        def unpadded(raw: jax.Array, tokens: jax.Array, temperature: jax.Array) -> Logprobs:
-            return told(raw, tokens[:rows], temperature)
-
-        shapes = self._logits(rows), _shape(self._max_rows), _shape(rows, dtype=np.float32)
-        return self._compile(("logprobs", rows), self._jit(unpadded, self._rows), *shapes)
-
-    def _edit(self, rows: int) -> Callable[..., jax.Array]:
-        count = batch.EDITS_PER_CALL
-        edits = Edits(_shape(count), _shape(count), _shape(count, dtype=np.float32), _shape(count, dtype=np.float32))
-        return self._compile(("edit", rows), self._jit(sampling.edit, self._cut_logits), self._logits(rows), edits)
-
-    def _restrict(self, rows: int) -> Callable[..., jax.Array]:
-        allowed = _shape(rows, -(-self.spec.vocab_size // 32), dtype=np.uint32)
-        return self._compile(
-            ("restrict", rows), self._jit(sampling.restrict, self._cut_logits), self._logits(rows), allowed
-        )
-
-    def _prompt_logprobs(self, tokens: int) -> Callable[..., Logprobs]:
-        found = partial(sampling.prompt_logprobs, spec=self.spec, placement=self.placement)
-        found = partial(found, batch_invariant=self.batch_invariant)
-        function = self._jit(found, self._rows, whole=(0,))
-        rows = _shape(batch.PROMPT_ROWS)
-        return self._compile(("prompt_logprobs", tokens), function, self.params, self._hidden(tokens), rows, rows)
-
-    def _sum_hidden(self, bucket: Bucket) -> Callable[..., jax.Array]:
-        """Not among `functions`: few engines are asked for embeddings, and this compiles in no time."""
-        summed = partial(sum_by_owner, num_owners=bucket.num_rows)
-        shapes = self._hidden(bucket.num_tokens), _shape(bucket.num_tokens)
-        return self._compile(("sum_hidden", bucket), self._jit(summed, self._rows), *shapes)
-
-    def _hidden(self, tokens: int) -> Any:
-        return jax.ShapeDtypeStruct((tokens, self.spec.dim), self.params["embed"]["w"].dtype)
-
-    def _scrub(self) -> Callable[..., KVCache]:
-        return self._compile(
-            ("scrub", 0), self._jit(scrub, self._cache_shardings, donate=0), self.cache, _shape(self.max_pages)
-        )
-
-    def _copy_pages(self) -> Callable[..., KVCache]:
-        pages = _shape(batch.COPIES_PER_CALL)
-        return self._compile(
-            ("copy", 0), self._jit(copy_pages, self._cache_shardings, donate=0), self.cache, pages, pages
-        )
-
-    def _read_pages(self) -> Callable[..., Any]:
-        """Reads into pinned memory of the host where the device has a way there, so that nobody waits for the copy."""
-
-        def beside(leaf: jax.Array) -> Any:
-            kinds = {memory.kind for d in leaf.devices() for memory in d.addressable_memories()}
-            return leaf.sharding.with_memory_kind("pinned_host") if "pinned_host" in kinds else leaf.sharding
-
-        jitted: Jitted = read_pages, {"out_shardings": jax.tree.map(beside, self.cache.pools)}
-        return self._compile(("read_pages", 0), jitted, self.cache, _shape(batch.MOVES_PER_CALL))
-
-    def _write_pages(self) -> Callable[..., KVCache]:
-        count = batch.MOVES_PER_CALL
-        pages = jax.tree.map(lambda leaf: _shape(count, *leaf.shape[1:], dtype=leaf.dtype), self.cache.pools)
-        function = self._jit(write_pages, self._cache_shardings, donate=0)
-        return self._compile(("write_pages", 0), function, self.cache, _shape(count), pages)
-
-    def _logits(self, rows: int) -> Any:
-        shape = self.num_shards * rows, self.spec.vocab_size
-        return jax.ShapeDtypeStruct(shape, np.float32, sharding=self._cut_logits)
+    def _embedded(self, plans: Sequence[Plan], bucket: Bucket, hidden: jax.Array) -> Embedded:
+        """Sums of hidden states, where a request wants an embedding."""
+        each = [pack_embedded(plan, bucket) for plan in plans]
+        parts = [(shard * bucket.num_rows + row, c) for shard, (e, _) in enumerate(each) for row, c in e.parts]
+        if not parts:
+            return Embedded([])
+        return Embedded(parts, self.functions.sum_hidden(bucket)(hidden, stack([owners for _, owners in each])))
 
 
 def _edits_of(plan: Plan, bucket: Bucket) -> dict[int, RowEdits]:
@@ -497,12 +334,3 @@ def _edits_of(plan: Plan, bucket: Bucket) -> dict[int, RowEdits]:
 
 def _is_real(tree: Any) -> bool:
     return all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
-
-
-def _as_shape(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _shape(*shape: int, dtype: Any = np.int32) -> Any:
-    """Stands for an array while compiling; not typed, since signatures say jax.Array."""
-    return jax.ShapeDtypeStruct(shape, dtype)

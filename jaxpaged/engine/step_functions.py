@@ -1,0 +1,248 @@
+"""The functions that steps are made of: what each computes, for which shapes, and where its arrays lie.
+
+Each is compiled ahead of time, once per bucket, and asked for by name: `functions.forward(bucket)(params, cache, ...)`.
+Where a placement cuts data, each is one data shard's, run for all of them by `Placement.over_data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.engine import batch
+from jaxpaged.engine.batch import Bucket
+from jaxpaged.engine.compilation import Build, Compiler, Jitted, traced
+from jaxpaged.model import cache as kv_cache
+from jaxpaged.model import sampling
+from jaxpaged.model.cache import KVCache
+from jaxpaged.model.embedding import sum_by_owner
+from jaxpaged.model.params import Params
+from jaxpaged.model.sampling import Edits, Logprobs, Sampled, SamplingInputs
+from jaxpaged.model.sharding import Placement
+from jaxpaged.model.spec import Decoder
+from jaxpaged.model.step import ForwardOutputs, StepInputs, forward
+
+_ALWAYS_TRACED = ("read_pages", "write_pages", "sum_hidden")  # they know nothing of the model, and are small
+
+
+class StepFunctions:
+    """Of one model, for the buckets of one engine."""
+
+    def __init__(
+        self,
+        spec: Decoder,
+        params: Params,
+        cache: KVCache,
+        config: EngineConfig,
+        buckets: Sequence[Bucket],
+        *,
+        max_pages: int,
+        compiler: Compiler,
+        placement: Placement | None = None,
+        build: Build = traced,
+    ) -> None:
+        """Of `params` and `cache`, arrays or shapes, only shapes and places are looked at."""
+        self.spec = spec
+        self.params, self.cache = jax.tree.map(as_shape, (params, cache))
+        self.buckets = buckets
+        self.max_rows = max(bucket.num_rows for bucket in buckets)
+        self.max_pages = max_pages
+        self.placement = placement
+        self.num_shards = 1 if placement is None else placement.num_shards("data")
+        self.attention_backend = config.attention_backend
+        self.batch_invariant = config.batch_invariant
+        self.moves_pages = config.host_cache_gb > 0
+        self._compiler = compiler
+        self._build = build
+
+    def jobs(self) -> list[Callable[[], object]]:
+        """A call for each function and bucket that compiles it, unless it has been."""
+        jobs: list[Callable[[], object]] = []
+        for bucket in reversed(self.buckets):  # the largest take longest
+            jobs.append(partial(self.forward, bucket))
+            if bucket.num_chunk_tokens:
+                jobs.append(partial(self.prompt_logprobs, bucket.num_tokens))
+        for rows in {bucket.num_rows for bucket in self.buckets}:
+            jobs += [partial(f, rows) for f in (self.sample, self.logprobs, self.edit, self.restrict)]
+        jobs += [self.scrub, self.copy_pages]
+        jobs += [self.read_pages, self.write_pages] if self.moves_pages else []
+        return jobs
+
+    def _compile(self, key: tuple[str, int | Bucket], jitted: Jitted, *shapes: Any) -> Callable[..., Any]:
+        """The function compiled for these shapes, now or before."""
+        name, size = key
+        sizes = size if isinstance(size, Bucket) else (size,)
+        build = traced if name in _ALWAYS_TRACED else self._build
+        return self._compiler.get((name, sizes), build, jitted, jax.tree.map(self._on_mesh, shapes))
+
+    def _jit(
+        self, function: Callable[..., Any], outputs: Any, *, donate: int | None = None, whole: Sequence[int] = ()
+    ) -> Jitted:
+        """`function` of one data shard to be compiled, its `outputs` (a prefix of them, in shardings) where later calls
+        expect them; arguments `whole` are the same for all shards.
+        """
+        donated = () if donate is None else (donate,)
+        if self.placement is None:
+            return function, {"donate_argnums": donated}
+        return self.placement.over_data(function, whole), {"donate_argnums": donated, "out_shardings": outputs}
+
+    def _on_mesh(self, shape: Any) -> Any:
+        """A shape that does not say where it lies: of one data shard's rows, so that there are as many of each."""
+        if self.placement is None or not isinstance(shape, jax.ShapeDtypeStruct) or shape.sharding is not None:
+            return shape
+        rows, *rest = shape.shape
+        return jax.ShapeDtypeStruct((self.num_shards * rows, *rest), shape.dtype, sharding=self._rows)
+
+    def _everywhere(self, shape: Any) -> Any:
+        """A shape of one data shard's rows, as those of all, a copy on every device."""
+        rows, *rest = shape.shape
+        sharding = None if self.placement is None else self.placement.sharding()
+        return jax.ShapeDtypeStruct((self.num_shards * rows, *rest), shape.dtype, sharding=sharding)
+
+    @property
+    def _rows(self) -> Any:
+        """The sharding of rows, of which each device of a data shard has a copy."""
+        return None if self.placement is None else self.placement.sharding("data")
+
+    @property
+    def _cut_logits(self) -> Any:
+        return None if self.placement is None else self.placement.sharding("data", "vocab")
+
+    @property
+    def _cache_shardings(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.cache)
+
+    def forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, ForwardOutputs]]:
+        """forward(params, cache, inputs, fed): the model on a step's tokens; `fed` are what the step before sampled."""
+        step = partial(forward, spec=self.spec, attention_backend=self.attention_backend, placement=self.placement)
+        step = partial(step, batch_invariant=self.batch_invariant)
+        outputs = (self._cache_shardings, ForwardOutputs(self._cut_logits, self._rows))
+        function = self._jit(step, outputs, donate=1, whole=(0,))
+        tokens, rows = bucket.num_tokens, bucket.num_rows
+        inputs = StepInputs(
+            token_ids=_shape(tokens),
+            feedback=_shape(tokens),
+            positions=_shape(tokens),
+            rope_lens=_shape(tokens),
+            slots=_shape(tokens),
+            page_table=_shape(rows, self.max_pages),
+            kv_lens=_shape(rows),
+            cu_q_lens=_shape(bucket.num_chunks + 1),
+            logit_rows=_shape(rows),
+        )
+        return self._compile(("forward", bucket), function, self.params, self.cache, inputs, _shape(self.max_rows))
+
+    def sample(self, rows: int) -> Callable[..., Sampled]:
+        """sample(logits, inputs): a token a row. Of several data shards, each also takes the inputs of all."""
+
+        def padded(logits: jax.Array, inputs: SamplingInputs, everyone: SamplingInputs | None = None) -> Sampled:
+            """All buckets give as many tokens, so that the next step's shape does not depend on this one's."""
+            if self.batch_invariant:
+                sampled = sampling.sample_in_blocks(logits, inputs)
+            else:
+                sampled = sampling.sample(logits, inputs, everyone, placement=self.placement)
+            return sampled._replace(tokens=jnp.pad(sampled.tokens, (0, self.max_rows - rows)))
+
+        inputs = SamplingInputs(
+            temperature=_shape(rows, dtype=np.float32),
+            top_k=_shape(rows),
+            top_p=_shape(rows, dtype=np.float32),
+            min_p=_shape(rows, dtype=np.float32),
+            seeds=_shape(rows, 2, dtype=np.uint32),
+            positions=_shape(rows),
+        )
+        everyone = () if self.num_shards == 1 else (jax.tree.map(self._everywhere, inputs),)
+        function = self._jit(padded, self._rows, whole=(2,))
+        return self._compile(("sample", rows), function, self._logits(rows), inputs, *everyone)
+
+    def logprobs(self, rows: int) -> Callable[..., Logprobs]:
+        """logprobs(logits, tokens, temperature) of sampled tokens and of the likeliest."""
+        told = partial(sampling.logprobs_of, batch_invariant=self.batch_invariant, placement=self.placement)
+
+        def unpadded(raw: jax.Array, tokens: jax.Array, temperature: jax.Array) -> Logprobs:
+            return told(raw, tokens[:rows], temperature)
+
+        shapes = self._logits(rows), _shape(self.max_rows), _shape(rows, dtype=np.float32)
+        return self._compile(("logprobs", rows), self._jit(unpadded, self._rows), *shapes)
+
+    def edit(self, rows: int) -> Callable[..., jax.Array]:
+        """edit(logits, edits): the logits changed."""
+        count = batch.EDITS_PER_CALL
+        edits = Edits(_shape(count), _shape(count), _shape(count, dtype=np.float32), _shape(count, dtype=np.float32))
+        return self._compile(("edit", rows), self._jit(sampling.edit, self._cut_logits), self._logits(rows), edits)
+
+    def restrict(self, rows: int) -> Callable[..., jax.Array]:
+        """restrict(logits, allowed): the logits of all other tokens at -inf."""
+        allowed = _shape(rows, -(-self.spec.vocab_size // 32), dtype=np.uint32)
+        return self._compile(
+            ("restrict", rows), self._jit(sampling.restrict, self._cut_logits), self._logits(rows), allowed
+        )
+
+    def prompt_logprobs(self, tokens: int) -> Callable[..., Logprobs]:
+        """prompt_logprobs(params, hidden, rows, targets) of tokens that the host knows."""
+        found = partial(sampling.prompt_logprobs, spec=self.spec, placement=self.placement)
+        found = partial(found, batch_invariant=self.batch_invariant)
+        function = self._jit(found, self._rows, whole=(0,))
+        rows = _shape(batch.PROMPT_ROWS)
+        return self._compile(("prompt_logprobs", tokens), function, self.params, self._hidden(tokens), rows, rows)
+
+    def sum_hidden(self, bucket: Bucket) -> Callable[..., jax.Array]:
+        """sum_hidden(hidden, owners). Not among `jobs`: few engines are asked for embeddings, and it compiles fast."""
+        summed = partial(sum_by_owner, num_owners=bucket.num_rows)
+        shapes = self._hidden(bucket.num_tokens), _shape(bucket.num_tokens)
+        return self._compile(("sum_hidden", bucket), self._jit(summed, self._rows), *shapes)
+
+    def _hidden(self, tokens: int) -> Any:
+        return jax.ShapeDtypeStruct((tokens, self.spec.dim), self.params["embed"]["w"].dtype)
+
+    def scrub(self) -> Callable[..., KVCache]:
+        """scrub(cache, pages): the cache with pages zeroed."""
+        return self._compile(
+            ("scrub", 0), self._jit(kv_cache.scrub, self._cache_shardings, donate=0), self.cache, _shape(self.max_pages)
+        )
+
+    def copy_pages(self) -> Callable[..., KVCache]:
+        """copy_pages(cache, sources, targets): the cache with pages copied."""
+        pages = _shape(batch.COPIES_PER_CALL)
+        return self._compile(
+            ("copy", 0), self._jit(kv_cache.copy_pages, self._cache_shardings, donate=0), self.cache, pages, pages
+        )
+
+    def read_pages(self) -> Callable[..., Any]:
+        """read_pages(cache, page_ids), into pinned memory of the host where the device has a way there, so that nobody
+        waits for the copy.
+        """
+
+        def beside(leaf: Any) -> Any:
+            kinds = {memory.kind for d in leaf.sharding.device_set for memory in d.addressable_memories()}
+            return leaf.sharding.with_memory_kind("pinned_host") if "pinned_host" in kinds else leaf.sharding
+
+        jitted: Jitted = kv_cache.read_pages, {"out_shardings": jax.tree.map(beside, self.cache.pools)}
+        return self._compile(("read_pages", 0), jitted, self.cache, _shape(batch.MOVES_PER_CALL))
+
+    def write_pages(self) -> Callable[..., KVCache]:
+        """write_pages(cache, page_ids, pages): the cache with pages from the host."""
+        count = batch.MOVES_PER_CALL
+        pages = jax.tree.map(lambda leaf: _shape(count, *leaf.shape[1:], dtype=leaf.dtype), self.cache.pools)
+        function = self._jit(kv_cache.write_pages, self._cache_shardings, donate=0)
+        return self._compile(("write_pages", 0), function, self.cache, _shape(count), pages)
+
+    def _logits(self, rows: int) -> Any:
+        shape = self.num_shards * rows, self.spec.vocab_size
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=self._cut_logits)
+
+
+def as_shape(leaf: Any) -> Any:
+    """What stands for an array: its shape, dtype and place."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _shape(*shape: int, dtype: Any = np.int32) -> Any:
+    """Stands for an array while compiling; not typed, since signatures say jax.Array."""
+    return jax.ShapeDtypeStruct(shape, dtype)
