@@ -66,6 +66,7 @@ def test_langchain(server, llm):
     chat = answer(server, "/v1/chat/completions", messages=CONVERSATION)
     assert {found[name] for name in ("chat", "streamed", "responses", "responses_streamed")} == {chat}
     assert found["together"] == [chat] * 6
+    assert found["formed"] in ({"name": "banana"}, {"name": "12"})
     assert found["completion"] == answer(server, "/v1/completions", prompt="banana")
     assert found["usage"]["output_tokens"] == found["stream_usage"]["output_tokens"] == 6
     assert found["usage"]["input_tokens"] == found["stream_usage"]["input_tokens"] == len(llm.encode_chat(CONVERSATION))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import openai
 import pytest
+from openai.types.responses import Response
 from running_server import running
 from tiny_chat_model import write_chat_model
 from tiny_vocabularies import byte_level_metadata
@@ -39,6 +40,7 @@ CLOCK = {
     "function": {"name": "clock", "parameters": {"type": "object", "additionalProperties": False}},
 }
 TOOLS = [WEATHER, CLOCK]
+KINDS = ("reasoning_text", "output_text")
 CALL = {"model": "tiny", "messages": HELLO, "max_tokens": 200, "seed": 3}
 TEXT = 'Well.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern", "days": 2}}\n</tool_call>'
 
@@ -277,3 +279,31 @@ def test_an_answer_of_a_form_has_no_thoughts(client):
     call = CALL | {"extra_body": {"structured_outputs": {"regex": "[ab]{3}</think>c"}}}
     message = client.chat.completions.create(**call).choices[0].message
     assert message.content.endswith("</think>c")
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>\nSo so.\n</think>\n\nYes.", "<think>\nSo", "Yes."], ids=["both", "cut", "said"]
+)
+def test_a_response_has_its_thoughts_in_an_item_of_their_own(client, saying, text):
+    asked = {"model": "tiny", "input": "ban", "max_output_tokens": 200}
+    thought = text.partition("</think>")[0].removeprefix("<think>\n").strip() if "<think>" in text else ""
+    said = text.partition("</think>\n\n")[2] if "<think>" in text else text
+    with saying(text):
+        whole = client.responses.create(**asked)
+        events = list(client.responses.create(stream=True, **asked))
+        with client.responses.stream(**asked) as stream:
+            gathered = stream.get_final_response()
+    Response.model_validate(whole.model_dump(warnings="none"), strict=True)
+    for answer in (whole, events[-1].response, gathered):
+        kinds = {item.type: item.content[0].text for item in answer.output}
+        assert kinds == {k: v for k, v in {"reasoning": thought, "message": said}.items() if v}
+        assert answer.output_text == said and answer.status == "completed"
+    assert (whole.usage.output_tokens_details.reasoning_tokens > 0) == bool(thought)
+    told = {kind: "".join(e.delta for e in events if e.type == f"response.{kind}.delta") for kind in KINDS}
+    assert told == {"reasoning_text": thought, "output_text": said}
+    opened = [event.item.id for event in events if event.type == "response.output_item.added"]
+    closed = [event.item.id for event in events if event.type == "response.output_item.done"]
+    assert opened == closed == [item.id for item in events[-1].response.output]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    again = [{"role": "user", "content": "ban"}, *whole.output, {"role": "user", "content": "12"}]
+    assert client.responses.create(**asked | {"input": again}).status in ("completed", "incomplete")

@@ -182,7 +182,9 @@ class App:
         model = self._model(request.model)
         params = responses.response_params(request, self.options.sampling_defaults)
         token_ids = await self.engine.offload(self._encode_chat, responses.messages_of(request), True, {})
-        await responses.answer(exchange, self.engine, request, model, token_ids, params, self._observer(exchange))
+        parser = self.options.parsers.reasoning
+        observe = self._observer(exchange)
+        await responses.answer(exchange, self.engine, request, model, token_ids, params, parser, observe)
 
     async def _embeddings(self, exchange: Exchange, body: bytes) -> None:
         request = decode(_json(exchange, body), EmbeddingRequest)

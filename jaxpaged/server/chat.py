@@ -84,6 +84,14 @@ def chat_params(request: ChatRequest, tools: ToolUse | None, defaults: Mapping[s
     return params
 
 
+def begins_thinking(reasoning: str | None, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int]) -> bool:
+    """Whether no mark opens the thoughts: some templates write it themselves."""
+    if reasoning is None or tokenizer is None:
+        return False
+    end = tokenizer.decode(prompt_token_ids[-16:], skip_special_tokens=False)
+    return REASONING_PARSERS[reasoning] or end.rstrip().endswith(OPENING)
+
+
 class ChatForm:
     """What /v1/chat/completions writes."""
 
@@ -128,18 +136,10 @@ class ChatForm:
         if index not in self._readers:
             self._readers[index] = Reader(
                 thinks=self._reasoning is not None,
-                begins_thinking=self._begins_thinking(output.prompt_token_ids),
+                begins_thinking=begins_thinking(self._reasoning, self.names.tokenizer, output.prompt_token_ids),
                 tools=self._tools.reads if self._tools is not None else None,
             )
         return self._readers[index].take(completion.text, is_last=completion.finished)
-
-    def _begins_thinking(self, prompt_token_ids: list[int]) -> bool:
-        """Some templates write the opening mark themselves."""
-        tokenizer = self.names.tokenizer
-        if self._reasoning is None or tokenizer is None:
-            return False
-        end = tokenizer.decode(prompt_token_ids[-16:], skip_special_tokens=False)
-        return REASONING_PARSERS[self._reasoning] or end.rstrip().endswith(OPENING)
 
     def _calls(self, index: int, calls: list[Call]) -> list[Call]:
         """Those of a completion's calls that are given."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 from jaxpaged.engine.chat_template import Message
 from jaxpaged.errors import RequestError
@@ -17,9 +18,11 @@ from jaxpaged.outputs import CompletionOutput, RequestOutput
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.server.answers import Json, TokenNames, chat_logprobs
 from jaxpaged.server.async_engine import AsyncEngine, NewRequest
+from jaxpaged.server.chat import begins_thinking
 from jaxpaged.server.exchange import Exchange, event
 from jaxpaged.server.generation import Observer, Run
 from jaxpaged.server.protocol import ResponseRequest, sampling_params
+from jaxpaged.server.reader import Parts, Reader
 
 NOT_KEPT = "this server keeps no responses; "
 REFUSED = {
@@ -110,13 +113,18 @@ async def answer(
     model: str,
     token_ids: list[int],
     params: SamplingParams,
+    reasoning: str | None,
     observe: Observer,
 ) -> None:
-    """Run the prompt and write the answer."""
+    """Run the prompt and write the answer; `reasoning` is the parser that tells thoughts apart, if any."""
     if request.request_id is not None and not 0 < len(request.request_id) <= 256:
         raise RequestError(f"request_id has {len(request.request_id):,} characters; it must have 1 to 256")
     answer_id = f"resp_{request.request_id or uuid.uuid4().hex}"
-    writer = Writer(answer_id, model, request, params, TokenNames(engine.tokenizer))
+    reader = None
+    if reasoning is not None and params.form is None:  # a given form has no room for thoughts
+        begun = begins_thinking(reasoning, engine.tokenizer, token_ids)
+        reader = Reader(thinks=True, begins_thinking=begun, tools=None)
+    writer = Writer(answer_id, model, request, params, TokenNames(engine.tokenizer), reader)
     one = NewRequest(
         answer_id,
         token_ids,
@@ -140,14 +148,52 @@ async def answer(
         await exchange.end_events()
 
 
+@dataclass(slots=True)
+class Item:
+    """A part of the output as it grows: what was thought, or what is said."""
+
+    kind: Literal["reasoning", "message"]
+    item_id: str
+    place: int
+    text: str = ""
+    logprobs: list[Json] = field(default_factory=list)
+
+    def as_object(self, status: str, *, is_begun: bool = True) -> Json:
+        """OpenAI's output item."""
+        common: Json = {
+            "id": self.item_id,
+            "type": self.kind,
+            "status": status,
+            "content": [self.part()] if is_begun else [],
+        }
+        own: Json = {"role": "assistant"} if self.kind == "message" else {"summary": []}
+        return common | own
+
+    def part(self) -> Json:
+        """OpenAI's content part."""
+        if self.kind == "reasoning":
+            return {"type": "reasoning_text", "text": self.text}
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": self.logprobs}
+
+    def where(self) -> Json:
+        """How events name the part."""
+        return {"item_id": self.item_id, "output_index": self.place, "content_index": 0}
+
+
 class Writer:
     """One response as it grows. What was asked stands in it as it was understood."""
 
     def __init__(
-        self, answer_id: str, model: str, request: ResponseRequest, params: SamplingParams, names: TokenNames
+        self,
+        answer_id: str,
+        model: str,
+        request: ResponseRequest,
+        params: SamplingParams,
+        names: TokenNames,
+        reader: Reader | None = None,
     ) -> None:
-        self._names, self._wanted = names, params.logprobs
-        self._item_id = f"msg_{answer_id.removeprefix('resp_')}"
+        self._names, self._wanted, self._reader = names, params.logprobs, reader
+        self._name = answer_id.removeprefix("resp_")
         self._head: Json = {
             "id": answer_id,
             "object": "response",
@@ -169,8 +215,8 @@ class Writer:
             "user": request.user,
         }
         self._numbers = count()
-        self._text: list[str] = []
-        self._logprobs: list[Json] = []
+        self._items: list[Item] = []
+        self._logprobs: list[Json] = []  # of tokens whose text has not come yet
         self._num_generated = 0
         self._last: RequestOutput | None = None
 
@@ -179,38 +225,24 @@ class Writer:
         completion = output.outputs[0]
         self._last = output
         self._num_generated += len(completion.token_ids)
-        logprobs = self._told(completion)
-        self._logprobs += logprobs
-        if not completion.text and not logprobs:
-            return b""
-        self._text.append(completion.text)
-        return self._event("output_text.delta", **self._place, delta=completion.text, logprobs=logprobs)
+        self._logprobs += self._told(completion)
+        parts = Parts("", completion.text, [])
+        if self._reader is not None:
+            parts = self._reader.take(completion.text, is_last=completion.finished)
+        events = self._grown("reasoning", parts.reasoning) if parts.reasoning else b""
+        if parts.content or (completion.finished and (self._logprobs or not self._items)):
+            events += self._grown("message", parts.content)
+        return events
 
     def opening(self) -> bytes:
-        """The events before any text."""
+        """The events before anything has come."""
         begun = {"response": self.response()}
-        item = self._item("in_progress", [])
-        return b"".join(
-            (
-                self._event("created", **begun),
-                self._event("in_progress", **begun),
-                self._event("output_item.added", output_index=0, item=item),
-                self._event("content_part.added", **self._place, part=self._part("", [])),
-            )
-        )
+        return self._event("created", **begun) + self._event("in_progress", **begun)
 
     def closing(self) -> bytes:
-        """The events after all text; the last one has the whole response."""
+        """The events after all has come; the last one has the whole response."""
         response = self.response()
-        text, part = "".join(self._text), self._part("".join(self._text), self._logprobs)
-        return b"".join(
-            (
-                self._event("output_text.done", **self._place, text=text, logprobs=self._logprobs),
-                self._event("content_part.done", **self._place, part=part),
-                self._event("output_item.done", output_index=0, item=self._item(_item_status(response), [part])),
-                self._event(response["status"], response=response),
-            )
-        )
+        return self._ended(_item_status(response)) + self._event(response["status"], response=response)
 
     def response(self) -> Json:
         """All of it, as far as it has come."""
@@ -227,30 +259,60 @@ class Writer:
             case _:
                 message = str(completion.stop_reason or f"the request ended: {reason}")
                 response |= {"status": "failed", "error": {"code": "server_error", "message": message}}
-        part = self._part("".join(self._text), self._logprobs)
-        response["output"] = [self._item(_item_status(response), [part])]
+        statuses = ["completed"] * (len(self._items) - 1) + [_item_status(response)]
+        response["output"] = [item.as_object(status) for item, status in zip(self._items, statuses, strict=True)]
         response["usage"] = self._usage(self._last)
         return response
 
+    def _grown(self, kind: Literal["reasoning", "message"], text: str) -> bytes:
+        """More text of an item; the one before ends where another begins."""
+        events = b""
+        if not self._items or self._items[-1].kind != kind:
+            events = self._ended("completed")
+            prefix = "msg" if kind == "message" else "rs"
+            item = Item(kind, f"{prefix}_{self._name}", len(self._items))
+            self._items.append(item)
+            begun = item.as_object("in_progress", is_begun=False)
+            events += self._event("output_item.added", output_index=item.place, item=begun)
+            events += self._event("content_part.added", **item.where(), part=item.part())
+        item = self._items[-1]
+        item.text += text
+        if kind == "reasoning":
+            return events + self._event("reasoning_text.delta", **item.where(), delta=text)
+        logprobs, self._logprobs = self._logprobs, []
+        item.logprobs += logprobs
+        if not text and not logprobs:
+            return events
+        return events + self._event("output_text.delta", **item.where(), delta=text, logprobs=logprobs)
+
+    def _ended(self, status: str) -> bytes:
+        """The events that end the last item."""
+        if not self._items:
+            return b""
+        item = self._items[-1]
+        kind, logprobs = (
+            ("reasoning_text", {}) if item.kind == "reasoning" else ("output_text", {"logprobs": item.logprobs})
+        )
+        return b"".join(
+            (
+                self._event(f"{kind}.done", **item.where(), text=item.text, **logprobs),
+                self._event("content_part.done", **item.where(), part=item.part()),
+                self._event("output_item.done", output_index=item.place, item=item.as_object(status)),
+            )
+        )
+
     def _usage(self, output: RequestOutput) -> Json:
         prompt = len(output.prompt_token_ids)
+        thought = "".join(item.text for item in self._items if item.kind == "reasoning")
+        tokenizer = self._names.tokenizer
+        num_thought = len(tokenizer.encode(thought, False)) if thought and tokenizer is not None else 0
         return {
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": output.num_cached_tokens, "cache_write_tokens": 0},
             "output_tokens": self._num_generated,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": min(num_thought, self._num_generated)},
             "total_tokens": prompt + self._num_generated,
         }
-
-    @property
-    def _place(self) -> Json:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-
-    def _item(self, status: str, content: list[Json]) -> Json:
-        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
-
-    def _part(self, text: str, logprobs: list[Json]) -> Json:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
     def _told(self, completion: CompletionOutput) -> list[Json]:
         if completion.logprobs is None:

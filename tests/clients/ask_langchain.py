@@ -9,8 +9,16 @@ from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
 url = sys.argv[1] + "/v1"
 common = {"base_url": url, "api_key": "none", "model": "tiny", "max_retries": 0}
+FRUIT = {
+    "title": "fruit",
+    "type": "object",
+    "properties": {"name": {"enum": ["banana", "12"]}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
 messages = [SystemMessage("12"), HumanMessage("ban")]
 chat = ChatOpenAI(**common, temperature=0, max_completion_tokens=6, stream_usage=True)
+long = ChatOpenAI(**common, temperature=0, max_completion_tokens=99)
 answer = chat.invoke(messages)
 chunks = list(chat.stream(messages))
 responses = ChatOpenAI(**common, temperature=0, max_completion_tokens=6, use_responses_api=True)
@@ -31,6 +39,7 @@ print(
             "together": asyncio.run(together()),
             "responses": responses.invoke(messages).text,
             "responses_streamed": "".join(chunk.text for chunk in responses.stream(messages)),
+            "formed": long.with_structured_output(FRUIT, method="json_schema").invoke("ban"),
             "completion": OpenAI(**common, temperature=0, max_tokens=6).invoke("banana"),
             "embeddings": embeddings.embed_documents(["ban", "banana 12"]),
             "query": embeddings.embed_query("ban"),
