@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cache
 
 import jax
@@ -20,6 +21,7 @@ from jaxpaged.engine.shards import Shards
 from jaxpaged.errors import ConfigError, QueueFullError, RequestError
 from jaxpaged.model.params import flatten
 from jaxpaged.model.sharding import Placement, parallel
+from jaxpaged.server.async_engine import AsyncEngine, Inbox, NewRequest
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 SHAPES = [(2, 1), (8, 1), (2, 4)]  # data, tensor
@@ -182,6 +184,11 @@ def test_requests_of_any_length_are_spread_evenly():
     shards.schedule()  # what runs counts as what waits did
     least = min(shards, key=lambda s: s.pool.num_held * 4 + sum(w.num_tokens for w in s.scheduler.waiting))
     assert shards.add(sequence([1])) is least
+    (emptied,) = [shard for shard in shards if shard.index == 2]
+    for one in (*emptied.scheduler.running, *emptied.scheduler.waiting):
+        emptied.scheduler.finish(one, "abort")
+    shards.schedule()
+    assert [shards.add(sequence(rng.integers(0, 50_000, 40).tolist())).index for _ in range(3)] == [2, 2, 2]
 
 
 def test_a_beginning_that_all_share_does_not_draw_all_to_one_shard():
@@ -249,6 +256,21 @@ def test_the_queue_is_bounded_over_all_shards_together():
     assert [len(shard.scheduler.waiting) for shard in llm.engine.shards] == [2, 1]
     with pytest.raises(QueueFullError, match="3 requests wait"):
         llm.engine.add_request("3", [1, 2], GREEDY)
+
+
+def test_a_server_counts_the_seats_and_pages_of_all_shards():
+    async def run() -> None:
+        async with AsyncEngine(engine_of(2, max_num_seqs=1).engine, max_num_queued_requests=1) as engine:
+            assert engine.describe() == "up to 2 sequences of up to 96 tokens, 94 pages of 4 tokens, over 2 data shards"
+            inbox = Inbox()
+            asked = [NewRequest(str(i), [1, 2], SamplingParams(max_tokens=40), "final") for i in range(4)]
+            with pytest.raises(RequestError, match="4 prompts came at once but 3 may run and wait"):
+                await engine.submit(asked, inbox)
+            await engine.submit(asked[:3], inbox)
+            with pytest.raises(QueueFullError):
+                await engine.submit(asked[3:], inbox)
+
+    asyncio.run(run())
 
 
 @pytest.mark.slow
