@@ -38,13 +38,14 @@ def bytes_by_device(tree):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=SLOW), 8])
+@pytest.mark.parametrize(("size", "context"), [(2, 1), (2, 2), pytest.param(4, 1, marks=SLOW), (8, 1)])
 @pytest.mark.parametrize(
     ("config", "pool"), [(SMOLLM2, "int8"), pytest.param(GEMMA, "auto", marks=SLOW)], ids=["smollm2", "gemma"]
 )
-def test_memory_is_what_the_arrays_take_on_every_device(config, pool, size):
+def test_memory_is_what_the_arrays_take_on_every_device(config, pool, size, context):
     spec = spec_of(config)
-    settings = EngineConfig(tensor_parallel_size=size, cache_dtype=pool, **SMALL)
+    sizes = {"tensor_parallel_size": size, "prefill_context_parallel_size": context}
+    settings = EngineConfig(cache_dtype=pool, **sizes, **SMALL)
     forecaster = Forecaster(spec, "float32", settings)
     found = forecaster.fit(forecaster.weight_bytes() + (64 << 20))
     llm = LLM((spec, dummy_params(spec)), config=replace(settings, num_pages=found.num_pages))
@@ -74,6 +75,17 @@ def test_a_decode_step_reads_every_weight_but_the_embedding_and_all_keys_that_ar
     assert (step.num_sums, step.sum_bytes) == (65, 512 << 10)
     assert step.link_bytes == 65 * 2 * 7 * (512 << 10) // 8
     assert step.total(Speeds(1e12, 1e30, 1e9)) == pytest.approx(step.flops / 1e12 + step.link_bytes / 1e9)
+
+
+def test_prompts_split_over_devices_split_the_keys_that_a_step_reads_too_and_gather_what_attention_gave():
+    one, split = (
+        Forecaster(spec_of(SHAPES["llama-3-8b"]), "bfloat16", EngineConfig(prefill_context_parallel_size=n))
+        for n in (1, 4)
+    )
+    assert one.weight_bytes() == split.weight_bytes()
+    one, split = one.decode_step(64, 1000), split.decode_step(64, 1000)
+    assert one.kv_bytes == 4 * split.kv_bytes
+    assert (one.link_bytes, split.link_bytes) == (0, 32 * 3 * 64 * 4096 * 2 // 4)
 
 
 def test_a_window_bounds_what_is_read():
@@ -111,7 +123,7 @@ def test_with_parallel_sizes_one_is_told_in_full(plan):
     status, lines = plan("llama-3-8b", "--devices", 8, "--tensor-parallel-size", 4, "--kv-cache-dtype", "fp8")
     assert status == 0 and lines[1] == "fits with tensor parallel 4 x data parallel 2"
     assert any(line.split() == ["weights", "3.74", "GiB"] for line in lines)
-    assert any(line.endswith("in 65 all-reduces of 512.00 KiB") for line in lines)
+    assert any(line.endswith("65 all-reduces of 512.00 KiB") for line in lines)
 
 
 def test_a_model_that_fits_nowhere_is_status_1(plan):
@@ -130,6 +142,10 @@ REFUSED = [
     (["/no/such/model", "--devices", 2], "/no/such/model does not exist"),
     (["tiny", "--devices", 0], "--devices is 0; it must be at least 1"),
     (["tiny", "--devices", 6, "--tensor-parallel-size", 4], "--devices is 6, which --tensor-parallel-size 4 does not"),
+    (
+        ["tiny", "--devices", 6, "--prefill-context-parallel-size", 4],
+        "--prefill-context-parallel-size 4 does not make",
+    ),
     (["tiny", "--devices", 2, "--memory", "80 potatoes"], "--memory is '80 potatoes'; write it as 80GiB"),
     (["tiny", "--devices", 2, "--flops", "nan"], "--flops is nan; it must be a finite number above 0"),
     (["tiny", "--devices", 2, "--page-size", 12], "page_size is 12; it must be a power of two"),

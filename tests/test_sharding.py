@@ -87,12 +87,12 @@ def test_8_bit_pages_moves_to_the_host_and_limits_on_logits_work_on_a_mesh():
         SamplingParams(temperature=0, max_tokens=6, allowed_token_ids=[3, 5, 8]),
     ]
     ran = []
-    for size in (1, 4):
-        llm = LLM((spec, params), tensor_parallel_size=size, **settings)
+    for sizes in ({}, {"tensor_parallel_size": 4}, {"prefill_context_parallel_size": 4}):
+        llm = LLM((spec, params), **sizes, **settings)
         outputs = llm.generate(PROMPTS, asked, use_tqdm=False)
         ran.append([[c.token_ids for c in o.outputs] for o in outputs])
         assert llm.engine.stats().pages_leaked == 0
-    assert ran[0] == ran[1]
+    assert ran[0] == ran[1] == ran[2]
 
 
 def test_each_device_holds_its_share_of_weights_and_pool():

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxpaged.cli.options import add_fields
-from jaxpaged.config import EngineConfig
+from jaxpaged.config import PARALLEL_SIZES, EngineConfig
 from jaxpaged.errors import ConfigError
 
 if TYPE_CHECKING:
     from jaxpaged.engine.forecast import DecodeStep, Forecast, Forecaster, Speeds
 
 ENGINE_FIELDS = (
-    *("tensor_parallel_size", "memory_utilization", "page_size", "num_pages"),
+    *("tensor_parallel_size", "prefill_context_parallel_size", "memory_utilization", "page_size", "num_pages"),
     *("max_model_len", "max_num_seqs", "cache_dtype"),
 )
 _UNITS = {"": 1} | {f"{p}{b}": n**i for b, n in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", 1)}
@@ -71,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
     """Print what was asked; 1 where no way fits. Raises JaxpagedError."""
     from jaxpaged.engine.forecast import Forecaster, Speeds  # only here: `--help` needs no jax
 
-    for name in ("devices", "tensor_parallel_size", "data_parallel_size", "context_len"):
+    for name in ("devices", *PARALLEL_SIZES, "context_len"):
         if (number := getattr(args, name, None)) is not None and number < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {number:,}; it must be at least 1")
     memory, speeds = _memory(args.memory), Speeds(*(_above_zero(args, *item) for item in _SPEEDS.items()))
-    splits = _splits(args.devices, getattr(args, "tensor_parallel_size", None), args.data_parallel_size)
+    splits = _splits(args.devices, {name: getattr(args, name, None) for name in PARALLEL_SIZES})
     spec, dtype = _model(args.model, args.dtype)
     given = {name: getattr(args, name) for name in ENGINE_FIELDS if hasattr(args, name)}
     config = EngineConfig(**given)  # what is wrong whatever the split is said once
@@ -89,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             fitting.append((tensor, data, found, _step(forecaster, found, args.context_len)))
 
-    print(f"{args.model}, weights of {dtype}, on {args.devices:,} devices of {_size(memory)}")
+    split = config.prefill_context_parallel_size
+    prompts = f", prompts split over {split:,}" if split > 1 else ""
+    print(f"{args.model}, weights of {dtype}, on {args.devices:,} devices of {_size(memory)}{prompts}")
     if len(splits) == 1 and fitting:
         print(_details(*fitting[0], speeds))
     elif fitting:
@@ -118,7 +121,7 @@ each copy of the model has room for
 each device, where a copy decodes {step.num_seqs:,} sequences of {step.context_len:,} tokens
   computes  {step.flops / 1e12:6.3f} TFLOP {computing}
   reads     {_size(read):>12} {reading}   {_size(step.weight_bytes)} weights, {_size(step.kv_bytes)} keys and values
-  sends     {_size(step.link_bytes):>12} {links}   in {step.num_sums:,} all-reduces of {_size(step.sum_bytes)}
+  sends     {_size(step.link_bytes):>12} {links}   {step.num_sums:,} all-reduces of {_size(step.sum_bytes)}
   takes     {"":12} {total * 1e3:9.3f} ms   {data * step.num_seqs / total:,.0f} tokens/s in all"""
 
 
@@ -150,12 +153,14 @@ def _step(forecaster: Forecaster, found: Forecast, context_len: int) -> DecodeSt
     return forecaster.decode_step(num_seqs, min(context_len, found.max_model_len, found.num_tokens // num_seqs))
 
 
-def _splits(devices: int, tensor: int | None, data: int | None) -> list[tuple[int, int]]:
-    """(tensor, data) parallel sizes whose product is the number of devices."""
-    found = [(t, devices // t) for t in range(1, devices + 1) if devices % t == 0]
+def _splits(devices: int, given: Mapping[str, int | None]) -> list[tuple[int, int]]:
+    """(tensor, data) parallel sizes whose product, with the prompts' split, is the number of devices."""
+    tensor, data, context = (given[name] for name in PARALLEL_SIZES)
+    rest, left_over = divmod(devices, context or 1)
+    found = [(t, rest // t) for t in range(1, rest + 1) if rest % t == left_over == 0]
     found = [(t, d) for t, d in found if tensor in (None, t) and data in (None, d)]
     if not found:
-        sizes = [f"--{n}-parallel-size {s:,}" for n, s in (("tensor", tensor), ("data", data)) if s is not None]
+        sizes = [f"--{name.replace('_', '-')} {size:,}" for name, size in given.items() if size is not None]
         raise ConfigError(
             f"--devices is {devices:,}, which {' x '.join(sizes)} does not make; choose sizes whose product it is"
         )

@@ -8,6 +8,7 @@ latencies and the host are not in it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -69,13 +70,17 @@ class DecodeStep(NamedTuple):
 
 
 class Forecaster:
-    """A model on `config.tensor_parallel_size` devices. Raises ConfigError where they cannot share it."""
+    """A model on the devices of one data shard of `config`. Raises ConfigError where they cannot share it."""
 
     def __init__(self, spec: Decoder, dtype: Any, config: EngineConfig, rules: ShardingRules | None = None) -> None:
         """`dtype` is the weights'."""
         rules = rules or ShardingRules()
         self.config, self.dtype = config, jax.numpy.dtype(dtype)
-        self.placement = Placement(AbstractMesh((config.tensor_parallel_size,), (rules.heads or "model",)), rules)
+        sizes = config.prefill_context_parallel_size, config.tensor_parallel_size
+        if sizes[0] > 1 and rules.sequence is None:
+            rules = replace(rules, sequence="sequence")
+        axes = rules.sequence or "sequence", rules.heads or "model"
+        self.placement = Placement(AbstractMesh(sizes, axes), rules)
         self.spec = self.placement.fit(spec)
         self.cache_dtype = self.dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
 
@@ -92,7 +97,7 @@ class Forecaster:
         whole = page_bytes(self.spec, config.page_size, self.cache_dtype)
         with as_if_on("cuda", gpu):
             fit = PoolFit(self.spec, self.dtype, self.cache_dtype, config)
-            shards = self.placement.num_shards("kv_heads")
+            shards = self.placement.num_shards("attention")
             most = config.num_pages or pages_within(budget, config, self.spec, whole, shards)
             num_pages = fit.check(most) if config.num_pages else fit.most(most)
         each = self.pool_bytes(1)
@@ -118,12 +123,14 @@ class Forecaster:
         products = [shape for path, shape in self._weights() if len(shape) == 2 and self._is_multiplied(path)]
         vectors = [shape for _, shape in self._weights() if len(shape) == 1]
         flops = 2 * num_seqs * sum(math.prod(shape) for shape in products)
-        kv_bytes = 0
+        parts = self.placement.num_shards("sequence")
+        kv_bytes = gathered = 0
         pools = self._cache(1).pools
         for block, pool in zip(self.spec.blocks, pools, strict=True):
             a = block.mixer
             seen = context_len if a.window is None else min(context_len, a.window)
-            heads = a.heads // self.placement.num_shards("heads")
+            heads = a.heads // self.placement.num_shards("attention")
+            gathered += (parts - 1) * heads * a.head_dim
             flops += 4 * num_seqs * seen * heads * a.head_dim
             kv_bytes += num_seqs * seen * _bytes(pool) // self.config.page_size
         layers = len(self.spec.blocks)
@@ -138,7 +145,7 @@ class Forecaster:
             kv_bytes=kv_bytes,
             num_sums=sum(count for n, count, _ in cut if n > 1),
             sum_bytes=max((width * row for n, _, width in cut if n > 1), default=0),
-            link_bytes=sum(count * 2 * (n - 1) * width * row // n for n, count, width in cut),
+            link_bytes=sum(count * 2 * (n - 1) * width * row // n for n, count, width in cut) + gathered * row,
         )
 
     def weight_bytes(self) -> int:
