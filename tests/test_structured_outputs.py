@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import time
 
@@ -124,6 +125,12 @@ def test_others_keep_a_token_every_step_beside_a_form(llm):
     assert steps <= 43
     engine.abort("form")
     engine.step()
+
+
+@pytest.mark.slow
+def test_on_a_mesh_the_answers_are_the_same(llm):
+    params = [asking(seed, regex="[a-z]{3}[0-9]{1,5}x") for seed in range(5)] + [SamplingParams(seed=9, max_tokens=12)]
+    assert tokens(make(tensor_parallel_size=2, data_parallel_size=2), PROMPTS, params) == tokens(llm, PROMPTS, params)
 
 
 def test_preempted_requests_go_on_where_their_grammars_stood(llm):
@@ -273,6 +280,7 @@ def test_a_form_may_be_given_as_a_mapping_and_is_hashable():
     params = SamplingParams(structured_outputs={"json": SCHEMA})
     assert params == SamplingParams(structured_outputs=StructuredOutputsParams(json=json.dumps(SCHEMA)))
     assert hash(params) == hash(SamplingParams(structured_outputs={"json": SCHEMA}))
+    assert pickle.loads(pickle.dumps(params)) == params
     with pytest.raises(RequestError, match="must be a StructuredOutputsParams"):
         SamplingParams(structured_outputs="json")
 
@@ -385,6 +393,16 @@ def test_who_waits_for_others_forms_is_told_to_come_again(monkeypatch):
     with made._compiling, pytest.raises(QueueFullError, match="try again later"):
         made.get(StructuredOutputsParams(regex="b"))
     made.get(StructuredOutputsParams(regex="a"))
+
+
+def test_thousands_of_choices_may_begin_alike():
+    choices = [f"ban{n * 7919 % 100003}" for n in range(6_000)]
+    matcher = SHARED.get(StructuredOutputsParams(choice=choices)).matcher(may_end=True)
+    tokens = TOKENIZER.encode(choices[77])
+    for token in tokens[:-1]:
+        assert not matcher.take(token)
+        matcher.look_ahead()
+    assert matcher.allowed[tokens[-1] // 32] >> np.uint32(tokens[-1] % 32) & 1
 
 
 @given(st.text(alphabet='ab"\\n{}é1 ', min_size=1, max_size=12))

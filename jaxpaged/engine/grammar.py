@@ -32,7 +32,11 @@ MEMORY_LIMIT = 1 << 30  # bytes for that
 CACHE_BYTES = 256 << 20
 PATIENCE = 30.0  # seconds to wait until others' grammars are compiled
 
-_LIMITS = {"max_lexer_states": 50_000, "verbose_errors": False}  # a state takes 1 to 2 kB; a step at most 20 ms
+_LIMITS = {
+    "max_lexer_states": 16_000,  # of 1 to 2 kB each, for every sequence
+    "max_items_in_row": 10_000,  # an object of 2,000 optional properties has 8,000
+    "verbose_errors": False,  # they would quote what others sent
+}  # a step stays under 25 ms with expressions made to be slow
 _BYTES_PER_GRAMMAR, _BYTES_PER_CHARACTER = 64 << 10, 128  # measured: 30 to 120 a character
 _BLANKS = r"[ \n\t\r]{0,64}"
 _TRIAL = Path(__file__).with_name("grammar_trial.py")
@@ -189,7 +193,7 @@ class Grammars:
             return str(make.grammar_from_regex(params.regex))
         if params.choice is not None:
             texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
-            return str(make.grammar_from_lark(f"start: {texts}"))
+            return str(make.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}"))  # a terminal: one automaton for all
         if params.grammar is not None:
             return str(make.grammar_from_lark(params.grammar))
         options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or _BLANKS}
