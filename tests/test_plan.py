@@ -88,6 +88,12 @@ def test_prompts_split_over_devices_split_the_keys_that_a_step_reads_too_and_gat
     assert (one.link_bytes, split.link_bytes) == (0, 32 * 3 * 64 * 4096 * 2 // 4)
 
 
+@pytest.mark.parametrize(("size", "num_pages"), [(1, 65_536), (8, 65_537)])
+def test_the_largest_8_bit_pool_that_a_kernel_reads_is_one_devices(size, num_pages):
+    config = EngineConfig(tensor_parallel_size=size, cache_dtype="fp8", max_num_seqs=128)
+    assert Forecaster(spec_of(SHAPES["llama-3-8b"]), "bfloat16", config).fit(160 << 30).num_pages == num_pages
+
+
 def test_a_window_bounds_what_is_read():
     forecaster = Forecaster(spec_of(GEMMA), "bfloat16", EngineConfig())
     few, many = (forecaster.decode_step(1, n).kv_bytes for n in (8, 100))

@@ -96,7 +96,7 @@ class Forecaster:
             )
         whole = page_bytes(self.spec, config.page_size, self.cache_dtype)
         with as_if_on("cuda", gpu):
-            fit = PoolFit(self.spec, self.dtype, self.cache_dtype, config)
+            fit = PoolFit(self.placement.on_one(self.spec), self.dtype, self.cache_dtype, config)
             shards = self.placement.num_shards("attention")
             most = config.num_pages or pages_within(budget, config, self.spec, whole, shards)
             num_pages = fit.check(most) if config.num_pages else fit.most(most)

@@ -23,7 +23,7 @@ class PoolFit:
     """What holds for any number of pages is checked when made; ConfigError where the backend cannot serve the model."""
 
     def __init__(self, spec: Decoder, dtype: Any, cache_dtype: Any, config: EngineConfig) -> None:
-        """`dtype` is the queries', `cache_dtype` the pool's."""
+        """`spec` has the heads of one device; `dtype` is the queries', `cache_dtype` the pool's."""
         self._config, self._cache_dtype = config, cache_dtype
         backend, device = config.attention_backend, current_device()
         if backend in ("triton", "mosaic") and device.platform != "gpu":

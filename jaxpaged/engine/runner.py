@@ -120,7 +120,8 @@ class Runner:
         self.max_num_batched_tokens = max(self.max_num_batched_tokens, config.max_num_seqs)
         dtype = params["embed"]["w"].dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
         self.page_bytes = page_bytes(spec, config.page_size, dtype)
-        fit = PoolFit(spec, params["embed"]["w"].dtype, dtype, config)
+        on_one = spec if placement is None else placement.on_one(spec)
+        fit = PoolFit(on_one, params["embed"]["w"].dtype, dtype, config)
         self.num_pages = num_pages = (
             fit.check(config.num_pages)
             if config.num_pages

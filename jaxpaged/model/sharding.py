@@ -153,6 +153,13 @@ class Placement:
                     raise ConfigError(self._indivisible(path, logical, size))
         return fitted
 
+    def on_one(self, fitted: Decoder) -> Decoder:
+        """The spec with no more than the heads that one device attends with, whose pages it holds."""
+        count = self.num_shards("attention")
+        mixers = [block.mixer for block in fitted.blocks]
+        own = [replace(a, heads=a.heads // count, kv_heads=a.kv_heads // count) for a in mixers]
+        return replace(fitted, blocks=tuple(replace(b, mixer=a) for b, a in zip(fitted.blocks, own, strict=True)))
+
     def place(self, params: Params, spec: Decoder) -> Params:
         """`params` of `spec`, or of what it is fitted to, each leaf where it belongs; those that lie there stay.
 
