@@ -152,6 +152,18 @@ def test_a_dead_engine_ends_the_run_and_answers_nothing_wrongly(folder, tmp_path
     assert all(e["response"]["status_code"] == 200 for e in read(target).values()) and len(read(target)) < 20
 
 
+def test_answers_are_read_and_sampled_as_the_flags_say(folder, tmp_path, capsys):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    source.write_text(line("a", CHAT, messages=[{"role": "user", "content": "ban"}]))
+    flags = ["--reasoning-parser", "deepseek_r1", "--generation-config", tmp_path]
+    assert run_batch(folder, source, target, *flags) == 0
+    body = read(target)["a"]["response"]["body"]
+    assert body["usage"]["completion_tokens"] == 3 and body["choices"][0]["message"]["reasoning_content"]
+    assert run_batch(folder, source, tmp_path / "no.jsonl", "--tool-call-parser", "xml") == 2
+    assert "--tool-call-parser is 'xml'; known: hermes" in capsys.readouterr().err
+
+
 def test_files_that_cannot_be_used_are_one_line(folder, tmp_path, capsys):
     assert run_batch(folder, tmp_path / "none.jsonl", tmp_path / "out.jsonl") == 2
     assert "cannot open" in capsys.readouterr().err

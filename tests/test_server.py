@@ -223,6 +223,9 @@ def test_vllms_extras_reach_the_engine(server, client):
 
 def test_models_version_load_and_health(server, client):
     assert [model.id for model in client.models.list()] == ["tiny", "tiny-too"]
+    assert client.models.retrieve("tiny-too") == client.models.list().data[1]
+    with pytest.raises(openai.NotFoundError, match="there is no model 'no/such'"):
+        client.models.retrieve("no/such")
     assert set(server.http.get("/version").json()) == {"version"}
     assert server.http.get("/load").json() == {"server_load": 0}
     assert server.http.get("/health").status_code == server.http.get("/ping").status_code == 200

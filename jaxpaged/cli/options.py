@@ -46,17 +46,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(group, EngineConfig, fields(EngineConfig))
 
 
-def add_generation_config(group: Any) -> None:
-    """Where a server's sampling parameters come from."""
-    group.add_argument(
-        "--generation-config",
-        default="auto",
-        metavar="TEXT",
-        help="where sampling parameters come from that a request leaves out: auto, the model's generation_config.json; "
-        "a folder with another; or vllm, none (default: %(default)s)",
-    )
-
-
 def add_sampling_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
     """How tokens are chosen. What belongs to the command itself is left out."""
     wanted = [f for f in _sampling_fields() if f.name not in leave_out]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jaxpaged.cli.options import add_engine_arguments, add_generation_config, engine_options
+from jaxpaged.cli.answer_options import add_answer_arguments, answer_options
+from jaxpaged.cli.options import add_engine_arguments, engine_options
 from jaxpaged.errors import ConfigError
 
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--served-model-name", nargs="+", metavar="TEXT", help="what lines may call the model (default: MODEL)"
     )
-    add_generation_config(group)
+    add_answer_arguments(group)
     group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
 
 
@@ -33,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         from jaxpaged.server import batch_file
         from jaxpaged.server.app import App, ServerOptions
-        from jaxpaged.server.generation_config import sampling_defaults
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("jaxpaged"):
             raise
@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
     num_lines = sum(1 for _ in batch_file.lines(args.input_file))  # first: loading takes long
     if args.output_file.exists() and not args.resume:
         raise ConfigError(f"{args.output_file} exists; remove it, or give --resume to go on where it ends")
-    defaults = sampling_defaults(args.generation_config, args.model)
+    answers = answer_options(args)
     engine = AsyncEngine.load(args.model, **engine_options(args))
     models = tuple(args.served_model_name or [str(args.model)])
-    app = App(engine, ServerOptions(models=models, sampling_defaults=defaults))
+    app = App(engine, ServerOptions(models=models, **answers))
     try:
         with tqdm(total=num_lines, unit="line", disable=args.disable_tqdm) as bar:
             work = batch_file.run(app, args.input_file, args.output_file, resume=args.resume, told=bar.update)

@@ -8,7 +8,8 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from jaxpaged.cli.options import add_engine_arguments, add_generation_config, engine_options
+from jaxpaged.cli.answer_options import add_answer_arguments, answer_options
+from jaxpaged.cli.options import add_engine_arguments, engine_options
 from jaxpaged.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,21 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds in one step after which /health says 503 (default: %(default)s)",
     )
     group.add_argument(
-        "--tool-call-parser",
-        metavar="NAME",
-        help="how the model writes calls of tools: hermes, llama3_json, mistral, pythonic, qwen or qwen3_coder "
-        "(default: as its chat template says)",
-    )
-    group.add_argument(
-        "--reasoning-parser",
-        metavar="NAME",
-        help="tell thoughts apart from the answer: qwen3 where a mark opens them, deepseek_r1 where every answer "
-        "begins with them (default: they are part of the answer)",
-    )
-    group.add_argument(
         "--enable-admin", action="store_true", help="serve /pause, /resume, /sleep, /wake_up, /reset_prefix_cache"
     )
-    add_generation_config(group)
+    add_answer_arguments(group)
     group.add_argument(
         "--allowed-origins",
         type=_origins,
@@ -84,27 +73,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--port is {args.port:,}; it must be 0 to {(1 << 16) - 1:,}")
     try:
         from jaxpaged.server.app import App, ServerOptions
-        from jaxpaged.server.generation_config import sampling_defaults
         from jaxpaged.server.serve import listen, serve
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("jaxpaged"):
             raise
         raise ConfigError(f"{error.name} is not installed; run pip install 'jaxpaged[serve]'") from None
 
-    from jaxpaged.server.chat import REASONING_PARSERS, Parsers
-    from jaxpaged.server.tool_formats import FORMATS
-
-    parsers = Parsers(args.tool_call_parser, args.reasoning_parser)
-    for flag, name, known in (
-        ("--tool-call-parser", parsers.tools, FORMATS),
-        ("--reasoning-parser", parsers.reasoning, REASONING_PARSERS),
-    ):
-        if name is not None and name not in known:
-            raise ConfigError(f"{flag} is {name!r}; known: {', '.join(known)}")
-
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxpaged").setLevel(logging.INFO)
-    defaults, tracing = sampling_defaults(args.generation_config, args.model), _tracing(args.otlp_traces_endpoint)
+    answers, tracing = answer_options(args), _tracing(args.otlp_traces_endpoint)
     found = listen(args.host, args.port)  # first: loading takes long, and a port in use is known at once
     from jaxpaged.server.async_engine import AsyncEngine
 
@@ -120,16 +97,15 @@ def run(args: argparse.Namespace) -> int:
             hang_timeout=args.hang_timeout,
             enable_admin=args.enable_admin,
             log_requests=args.enable_log_requests,
-            sampling_defaults=defaults,
             allowed_origins=args.allowed_origins,
-            parsers=parsers,
+            **answers,
         ),
         tracing,
     )
     host, port = found.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     print(f"{app.options.models[0]}: {engine.describe()}")
-    if defaults:
+    if defaults := app.options.sampling_defaults:
         told = ", ".join(f"{name} {value}" for name, value in defaults.items())
         print(f"what requests leave out is as the checkpoint says: {told}; --generation-config vllm: as OpenAI's API")
     print(f"listening at http://{where}:{port}{'' if keys else ', no API key needed'}", flush=True)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jaxpaged")
 
+ONE_MODEL = "/v1/models/{model}"
 OPEN_PATHS = ("/health", "/ping")  # load balancers have no key
 
 Handler = Callable[[Exchange, bytes], Awaitable[None]]
@@ -79,6 +80,7 @@ class App:
         self._routes: dict[str, dict[str, Handler]] = {
             "/": {"GET": self._index},
             "/v1/models": {"GET": self._models},
+            ONE_MODEL: {"GET": self._one_model},
             "/v1/completions": {"POST": self._completions},
             "/v1/chat/completions": {"POST": self._chat},
             "/v1/responses": {"POST": self._responses},
@@ -146,7 +148,9 @@ class App:
             raise Fault(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
 
     def _route(self, exchange: Exchange) -> Handler:
-        methods = self._routes.get(exchange.path)
+        prefix = ONE_MODEL.partition("{")[0]
+        is_model = exchange.path.startswith(prefix) and exchange.path != prefix
+        methods = self._routes.get(ONE_MODEL if is_model else exchange.path)
         if methods is None:
             raise Fault(404, f"there is no {exchange.path!r}")
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
@@ -278,10 +282,15 @@ class App:
         await exchange.reply(self._page, kind="text/html; charset=utf-8", headers=headers)
 
     async def _models(self, exchange: Exchange, body: bytes) -> None:
-        limits = {"max_model_len": self.engine.max_model_len}
-        common = {"object": "model", "created": self._created, "owned_by": "jaxpaged"} | limits
-        models = [{"id": name} | common for name in self.options.models]
-        await exchange.reply_json({"object": "list", "data": models})
+        await exchange.reply_json({"object": "list", "data": list(map(self._named, self.options.models))})
+
+    async def _one_model(self, exchange: Exchange, body: bytes) -> None:
+        name = exchange.path.removeprefix(ONE_MODEL.partition("{")[0])  # it may have slashes in it
+        await exchange.reply_json(self._named(self._model(name)))
+
+    def _named(self, name: str) -> dict[str, Any]:
+        about = {"object": "model", "created": self._created, "owned_by": "jaxpaged"}
+        return {"id": name} | about | {"max_model_len": self.engine.max_model_len}
 
     async def _health(self, exchange: Exchange, body: bytes) -> None:
         problem = self.engine.problem(self.options.hang_timeout)

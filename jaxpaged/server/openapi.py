@@ -25,6 +25,7 @@ class Operation(NamedTuple):
 OPERATIONS: dict[str, dict[str, Operation]] = {
     "/": {"get": Operation("A page to chat and to look at the page pool", kind="text/html")},
     "/v1/models": {"get": Operation("The names of the model")},
+    "/v1/models/{model}": {"get": Operation("The model, by one of its names")},
     "/v1/completions": {"post": Operation("Go on with a text", protocol.CompletionRequest, streams=True)},
     "/v1/chat/completions": {"post": Operation("Answer a conversation", protocol.ChatRequest, streams=True)},
     "/v1/responses": {
@@ -88,7 +89,7 @@ def document(paths: Collection[str], *, models: Sequence[str], vocab_size: int, 
         "openapi": "3.1.0",
         "info": {"title": "jaxpaged", "version": version("jaxpaged")},
         "paths": {
-            path: {method: _operation(path, method, operation) for method, operation in operations.items()}
+            path: {method: _operation(path, method, operation, models) for method, operation in operations.items()}
             for path, operations in served.items()
         },
         "components": components,
@@ -99,7 +100,7 @@ def document(paths: Collection[str], *, models: Sequence[str], vocab_size: int, 
     return found
 
 
-def _operation(path: str, method: str, operation: Operation) -> Json:
+def _operation(path: str, method: str, operation: Operation, models: Sequence[str]) -> Json:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     content: dict[str, Any] = {operation.kind: {}}
     if operation.streams:
@@ -113,6 +114,10 @@ def _operation(path: str, method: str, operation: Operation) -> Json:
             **{code: {"description": text, "content": error} for code, text in told.items()},
         },
     }
+    if "{model}" in path:
+        schema = {"type": "string", "enum": list(models)}
+        found["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": schema}]
+        found["responses"]["404"] = {"description": FAULTS["404"], "content": error}
     if path in ("/health", "/ping"):
         found["security"] = []
     if operation.request is not None:

@@ -1,0 +1,47 @@
+"""What the commands that answer requests to the API share: how answers are sampled and read."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from jaxpaged.errors import ConfigError
+
+
+def add_answer_arguments(group: Any) -> None:
+    """Defaults of sampling, and parsers."""
+    group.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model writes calls of tools: hermes, llama3_json, mistral, pythonic, qwen or qwen3_coder "
+        "(default: as its chat template says)",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        metavar="NAME",
+        help="tell thoughts apart from the answer: qwen3 where a mark opens them, deepseek_r1 where every answer "
+        "begins with them (default: they are part of the answer)",
+    )
+    group.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="TEXT",
+        help="where sampling parameters come from that a request leaves out: auto, the model's generation_config.json; "
+        "a folder with another; or vllm, none (default: %(default)s)",
+    )
+
+
+def answer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ServerOptions. Raises ConfigError; needs the extra `serve`."""
+    from jaxpaged.server.chat import REASONING_PARSERS, Parsers
+    from jaxpaged.server.generation_config import sampling_defaults
+    from jaxpaged.server.tool_formats import FORMATS
+
+    parsers = Parsers(args.tool_call_parser, args.reasoning_parser)
+    for flag, name, known in (
+        ("--tool-call-parser", parsers.tools, FORMATS),
+        ("--reasoning-parser", parsers.reasoning, REASONING_PARSERS),
+    ):
+        if name is not None and name not in known:
+            raise ConfigError(f"{flag} is {name!r}; known: {', '.join(known)}")
+    return {"parsers": parsers, "sampling_defaults": sampling_defaults(args.generation_config, args.model)}
