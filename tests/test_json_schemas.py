@@ -28,12 +28,8 @@ def check(llm, count):
 
 
 def test_answers_of_a_random_model_are_valid():
-    check(
-        json_answers.tiny_llm(
-            load_tokenizer(byte_level_metadata()), max_num_seqs=8, max_num_batched_tokens=8, num_pages=385
-        ),
-        16,
-    )
+    tokenizer = load_tokenizer(byte_level_metadata())
+    check(json_answers.tiny_llm(tokenizer, max_num_seqs=8, max_num_batched_tokens=8, num_pages=385), 10)
 
 
 @pytest.mark.slow

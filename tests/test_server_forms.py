@@ -6,8 +6,10 @@ import json
 import re
 import threading
 import time
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 from running_server import running
 from tiny_chat_model import write_chat_model
@@ -57,6 +59,15 @@ def test_streamed_pieces_add_up_to_the_form(client):
     chunks = [chunk.choices[0] for chunk in client.chat.completions.create(stream=True, **call)]
     assert "".join(choice.delta.content or "" for choice in chunks) == whole
     assert json.loads(whole) and chunks[-1].finish_reason == "stop"
+
+
+def test_openais_client_parses_an_answer_into_its_class(client):
+    class Thing(pydantic.BaseModel):
+        name: Literal["ban", "an"]
+        sizes: list[bool]
+
+    answer = client.chat.completions.parse(messages=HELLO, response_format=Thing, temperature=0, **CALL)
+    assert isinstance(answer.choices[0].message.parsed, Thing)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_preempted_requests_go_on_where_their_grammars_stood(llm):
 def test_after_sleep_all_is_computed_anew_and_the_form_goes_on(llm):
     params = asking(regex="([a-z]{2}[0-9]{2}){5}")
     (expected,) = tokens(llm, ["ban"], params)[0]
-    engine = make().engine
+    engine = llm.engine
     engine.add_request("r", "ban", params)
     outputs = [output for _ in range(15) for output in engine.step()]
     assert 3 < len(outputs[-1].outputs[0].token_ids) < 20
@@ -328,6 +328,7 @@ def test_every_tokenization_that_spells_the_text_is_followed(metadata, eos, voca
     assert text(spelled) == " banana é"
 
 
+@pytest.mark.slow
 def test_a_model_without_an_end_stops_where_its_grammar_does():
     endless = load_tokenizer(byte_level_metadata())
     endless.eos_token_ids = frozenset()
