@@ -17,6 +17,25 @@ from jaxpaged.outputs import CompletionOutput, FinishReason, RequestOutput
 _WORDS = (" the", " quick", " brown", " fox", " says", " \u201cno\u201d", ",\n")
 
 
+class Seats:
+    """Who runs and who waits: of each request its prompt, completions and tokens left."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.running: dict[str, list[Any]] = {}
+        self.waiting: dict[str, list[Any]] = {}
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a seat."""
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without."""
+        return len(self.waiting)
+
+
 class FakeEngine:
     """As much of an `Engine` as `AsyncEngine` uses."""
 
@@ -27,34 +46,41 @@ class FakeEngine:
         self.spec = SimpleNamespace(vocab_size=1000, dim=8)
         self.runner = SimpleNamespace(is_compiling=False)
         self.is_sleeping = False
-        self.scheduler = SimpleNamespace(waiting=(), running={})
+        self.shards = Seats(max_num_seqs)
         self._period, self._next = 1 / steps_per_s, 0.0
 
     @property
     def has_unfinished(self) -> bool:
         """Whether a step has work."""
-        return bool(self.scheduler.running)
+        return bool(self.shards.running or self.shards.waiting)
 
     def encode(self, prompt: list[int], params: SamplingParams) -> list[int]:
         """Prompts are token ids here."""
         return prompt
 
+    def grammar(self, params: SamplingParams) -> None:
+        """There is none."""
+
     def add_request(self, request_id: str, prompt: list[int], params: SamplingParams, **options: Any) -> None:
-        """It runs at once."""
-        self.scheduler.running[request_id] = [prompt, params.n, params.max_tokens or 16]
+        """It runs once there is a seat."""
+        self.shards.waiting[request_id] = [prompt, params.n, params.max_tokens or 16]
 
     def abort(self, request_id: str) -> bool:
         """Forget it."""
-        return self.scheduler.running.pop(request_id, None) is not None
+        queues = self.shards.running, self.shards.waiting
+        return any(queue.pop(request_id, None) is not None for queue in queues)
 
     def step(self) -> list[RequestOutput]:
-        """One token for everybody, no sooner than the pace has it; a late step is not made up for."""
+        """One token for everybody with a seat, no sooner than the pace has it; a late step is not made up for."""
         now = time.perf_counter()
         if self._next > now:
             time.sleep(self._next - now)
         self._next = max(self._next, now) + self._period
-        outputs = []
-        for request_id, state in list(self.scheduler.running.items()):
+        outputs, running, waiting = [], self.shards.running, self.shards.waiting
+        while waiting and len(running) < self.shards.max_num_seqs:
+            request_id = next(iter(waiting))
+            running[request_id] = waiting.pop(request_id)
+        for request_id, state in list(running.items()):
             prompt, n, left = state
             state[2] -= 1
             word = _WORDS[left % len(_WORDS)]
@@ -62,12 +88,13 @@ class FakeEngine:
             made = [CompletionOutput(i, word, [left], finish_reason=reason) for i in range(n)]
             outputs.append(RequestOutput(request_id, None, prompt, made, finished=left == 1))
             if left == 1:
-                del self.scheduler.running[request_id]
+                del running[request_id]
         return outputs
 
 
 @contextmanager
-def fake_server(max_num_seqs: int, steps_per_s: float) -> Iterator[Served]:
+def fake_server(max_num_seqs: int, steps_per_s: float, max_num_queued: int | None = None) -> Iterator[Served]:
     """The real HTTP layer over it."""
-    with serving(AsyncEngine(cast(Engine, FakeEngine(max_num_seqs, steps_per_s)))) as served:
+    engine = cast(Engine, FakeEngine(max_num_seqs, steps_per_s))
+    with serving(AsyncEngine(engine, max_num_queued_requests=max_num_queued)) as served:
         yield served

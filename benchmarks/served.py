@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -76,19 +77,84 @@ async def ask(port: int, sent: bytes, leave_after: float | None = None) -> Reply
     return Reply(status, time.perf_counter() - began, received.partition(b"\r\n\r\n")[2])
 
 
-def read_streams(port: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Ask for all of the streams at once, from a process of its own, and read them to the end.
-
-    `gap_p99` is that of the seconds between two reads of one stream.
-    """
-    command = [sys.executable, __file__, str(port)]
-    given = json.dumps(list(bodies))
-    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+def elsewhere(function: str, *args: Any) -> dict[str, Any]:
+    """What a function of this file finds, called in a process of its own."""
+    given = json.dumps([function, *args])
+    done = subprocess.run([sys.executable, __file__], input=given, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def _read(port: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+@contextmanager
+def crawling(port: int, body: dict[str, Any], count: int) -> Iterator[list[int]]:
+    """Clients that take one byte of a stream each second; the list grows with the number taken."""
+    readers, taken, done = [], [0], threading.Event()
+    for _ in range(count):
+        reader = socket.socket()
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(("127.0.0.1", port))
+        reader.sendall(request(body))
+        readers.append(reader)
+
+    def crawl() -> None:
+        while not done.wait(1.0):
+            taken[0] += sum(len(reader.recv(1)) for reader in readers)
+
+    thread = threading.Thread(target=crawl)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        done.set()
+        thread.join()
+        for reader in readers:
+            reader.close()
+
+
+def load(
+    port: int, body: dict[str, Any], seconds: float, rate: float | None = None, workers: int = 0
+) -> dict[str, Any]:
+    """Ask at a steady rate whatever comes of it, or by so many who ask again once they are answered.
+
+    Counted is what ends in the last four fifths of the time; `goodput` is answers a second.
+    """
+    return asyncio.run(_load(port, request(body), seconds, rate, workers))
+
+
+async def _load(port: int, sent: bytes, seconds: float, rate: float | None, workers: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    replies: list[tuple[float, Reply]] = []
+
+    async def one() -> None:
+        reply = await ask(port, sent)
+        replies.append((time.perf_counter() - began, reply))
+
+    async def worker() -> None:
+        while time.perf_counter() - began < seconds:
+            await one()
+
+    if rate is None:
+        await asyncio.gather(*(worker() for _ in range(workers)))
+    else:
+        tasks = []
+        for number in range(int(seconds * rate)):
+            await asyncio.sleep(max(0.0, number / rate - (time.perf_counter() - began)))
+            tasks.append(asyncio.create_task(one()))
+        await asyncio.gather(*tasks)
+    counted = [reply for ended, reply in replies if seconds / 5 <= ended <= seconds]
+    refused = sorted(reply.seconds for reply in counted if reply.status == 429)
+    return {
+        "statuses": Counter(str(reply.status) for _, reply in replies),
+        "goodput": sum(reply.status == 200 for reply in counted) / (0.8 * seconds),
+        "refused_p99": refused[len(refused) * 99 // 100] if refused else None,
+    }
+
+
+def read_streams(port: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Ask for all of the streams at once and read them to the end.
+
+    `gap_p99` is that of the seconds between two reads of one stream.
+    """
     selector, num_events, began = selectors.DefaultSelector(), 0, time.perf_counter()
     tails: dict[socket.socket, bytes] = {}
     times: dict[socket.socket, list[float]] = {}
@@ -118,4 +184,5 @@ def _read(port: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_read(int(sys.argv[1]), json.load(sys.stdin))))
+    called, *given = json.load(sys.stdin)
+    print(json.dumps(load(*given) if called == "load" else read_streams(*given)))

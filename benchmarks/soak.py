@@ -64,8 +64,9 @@ def main() -> None:
 
 async def _soak(server: subprocess.Popen[str], said: str, seconds: float, args: Any) -> dict[str, Any]:
     port, rng = int(said.split(":")[2].split(",")[0]), random.Random(args.seed)
-    for _ in range(20):  # what is imported or allocated once
-        await ask(port, _request(rng, args.max_tokens)[1])
+    for count in range(1, 25):  # what is imported or allocated once, and embeddings' functions, in every bucket
+        await asyncio.gather(*(ask(port, _request(rng, args.max_tokens)[1]) for _ in range(count)))
+        await asyncio.gather(*(ask(port, request({"input": _TEXT[: 8 * count]}, "/v1/embeddings")) for _ in range(8)))
     statuses: Counter[str] = Counter()
     samples: list[Sample] = []
     under_way: set[asyncio.Task[None]] = set()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from jaxpaged.server.serve import listen, make_server
 if TYPE_CHECKING:
     from jaxpaged.server.tracing import Tracing
 
+ROOT = Path(__file__).parents[1]
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "num_pages": 129, "page_size": 4, "warmup": False}
 
 
@@ -60,3 +63,19 @@ def running(
             thread.join(20)
             engine.stop()
             assert not thread.is_alive()
+
+
+SERVE = "--port 0 --max-num-seqs 4 --max-num-batched-tokens 32 --num-pages 129 --page-size 4 --no-warmup"
+
+
+def jaxpaged_serve(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """A server in a process of its own; `address_of` tells where, once it listens."""
+    command = [sys.executable, "-m", "jaxpaged", "serve", str(folder), *SERVE.split(), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def address_of(process: subprocess.Popen[str]) -> str:
+    """The URL that the process says."""
+    lines = [process.stdout.readline() for _ in range(2)]
+    assert "up to 4 sequences" in lines[0] and "listening at http://127.0.0.1:" in lines[1], lines
+    return lines[1].split()[2].rstrip(",")

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from running_server import running
+from running_server import jaxpaged_serve, running
 from tiny_chat_model import write_chat_model
 
 from jaxpaged.__main__ import main
@@ -399,24 +398,6 @@ def test_failure_in_the_midst_of_a_stream_is_told_in_it(folder):
 
 
 # The process
-
-
-SERVE = [
-    "--max-num-seqs",
-    "4",
-    "--max-num-batched-tokens",
-    "32",
-    "--num-pages",
-    "129",
-    "--page-size",
-    "4",
-    "--no-warmup",
-]
-
-
-def jaxpaged_serve(folder, *flags):
-    command = [sys.executable, "-m", "jaxpaged", "serve", str(folder), *SERVE, *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow

@@ -170,6 +170,7 @@ class App:
         await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observer(exchange))
 
     async def _chat(self, exchange: Exchange, body: bytes) -> None:
+        self.engine.check_room()  # before time is spent on what cannot be served
         request = decode(_json(exchange, body), ChatRequest)
         model = self._model(request.model)
         asked = chat.understood(request, self.engine.tokenizer, self.options.parsers, self.options.sampling_defaults)
@@ -182,6 +183,7 @@ class App:
         )
 
     async def _responses(self, exchange: Exchange, body: bytes) -> None:
+        self.engine.check_room()
         request = decode(_json(exchange, body), ResponseRequest)
         model = self._model(request.model)
         params = responses.response_params(request, self.options.sampling_defaults)

@@ -158,12 +158,12 @@ class AsyncEngine:
 
         Who stops reading before all have finished calls `discard`.
         """
-        self._check_room(len(requests))
+        self.check_room(len(requests))
         encoded = [
             replace(r, prompt_text=_text(r), prompt=await self._encode(r), grammar=await self._compile(r))
             for r in requests
         ]
-        self._check_room(len(encoded))  # others may have come meanwhile
+        self.check_room(len(encoded))  # others may have come meanwhile
         try:
             await asyncio.wrap_future(self._send(lambda engine: self._add(engine, encoded, inbox), len(encoded)))
         except BaseException:
@@ -234,6 +234,24 @@ class AsyncEngine:
         """Requests that have come and not finished."""
         return len(self._inboxes) + self._num_arriving
 
+    def check_room(self, count: int = 1) -> None:
+        """Raise what `generate` raises where so many more requests cannot come now; costs next to nothing."""
+        if self.dead is not None:
+            raise EngineDeadError(self.dead)
+        limit = self.max_num_queued_requests
+        if limit is None:
+            return
+        if count > (most := limit + self._engine.shards.max_num_seqs):
+            raise RequestError(
+                f"{count:,} prompts came at once but {most:,} may run and wait; "
+                "send fewer, or raise max_num_queued_requests"
+            )
+        if self._num_queued_with(count) > limit:
+            raise QueueFullError(
+                f"{self.num_queued:,} requests wait, {count:,} more came, and max_num_queued_requests is {limit:,}; "
+                "try again later, or raise it"
+            )
+
     def problem(self, patience: float = 8.0) -> str | None:
         """Why the engine is not well: it has died, or has been busy with one step for over `patience` seconds.
 
@@ -260,23 +278,6 @@ class AsyncEngine:
 
     async def __aexit__(self, *error: object) -> None:
         await asyncio.to_thread(self.stop)
-
-    def _check_room(self, count: int) -> None:
-        if self.dead is not None:
-            raise EngineDeadError(self.dead)
-        limit = self.max_num_queued_requests
-        if limit is None:
-            return
-        if count > (most := limit + self._engine.shards.max_num_seqs):
-            raise RequestError(
-                f"{count:,} prompts came at once but {most:,} may run and wait; "
-                "send fewer, or raise max_num_queued_requests"
-            )
-        if self._num_queued_with(count) > limit:
-            raise QueueFullError(
-                f"{self.num_queued:,} requests wait, {count:,} more came, and max_num_queued_requests is {limit:,}; "
-                "try again later, or raise it"
-            )
 
     def _num_queued_with(self, count: int) -> int:
         """How many would wait if so many more came. Seats are for whoever comes, but while some wait there are none."""

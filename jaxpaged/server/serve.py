@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import faulthandler
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +32,7 @@ from jaxpaged.server.connection import BoundedConnection
 log = logging.getLogger("jaxpaged")
 
 LOG_INTERVAL = 10.0
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Server(uvicorn.Server):
@@ -86,6 +90,7 @@ def serve(engine: AsyncEngine, app: App, found: socket.socket, shutdown_timeout:
 
 async def _serve(app: App, found: socket.socket, shutdown_timeout: float) -> None:
     server, loop = make_server(app), asyncio.get_running_loop()
+    loop.set_exception_handler(Complaints())
     asked = asyncio.Event()
 
     def on_signal(number: int) -> None:
@@ -138,6 +143,27 @@ def report_line(before: EngineStats, now: EngineStats, seconds: float) -> str:
         f"Running: {now.num_running} reqs, Waiting: {now.num_waiting} reqs, "
         f"KV cache usage: {now.pages_held / now.pages_total:.1%}, Prefix cache hit rate: {hits:.1%}"
     )
+
+
+class Complaints:
+    """An event loop's exception handler, brief where descriptors run out.
+
+    asyncio then complains of thousands of attempts to accept a connection, each second, each with a traceback: a log
+    that nobody reads fast enough stops the server.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What went wrong outside any request."""
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in NO_ROOM):
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + LOG_INTERVAL
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            log.error("new connections wait: %s, and at most %d may be open; raise `ulimit -n`", error.strerror, most)
 
 
 class Watchdog:
