@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -24,12 +25,12 @@ from jaxpaged.model.sharding import Placement, parallel
 from jaxpaged.server.async_engine import AsyncEngine, Inbox, NewRequest
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
+SPEC = replace(llama(), blocks=llama().blocks[:1])
 SHAPES = [(2, 1), (8, 1), (2, 4)]  # data, tensor
 
 
 def engine_of(data: int, tensor: int = 1, **settings) -> LLM:
-    spec = llama()
-    return LLM((spec, weights(spec)), data_parallel_size=data, tensor_parallel_size=tensor, **(ENGINE | settings))
+    return LLM((SPEC, weights(SPEC)), data_parallel_size=data, tensor_parallel_size=tensor, **(ENGINE | settings))
 
 
 @cache
@@ -146,7 +147,7 @@ def test_no_compiled_function_lets_shards_talk_and_a_step_moves_neither_weights_
     assert groups(of.sample(bucket.num_rows).as_text())
     sums = moved(step.as_text())
     assert {array.kind for array in sums} == {"all-reduce"}
-    assert sums.total() == 2 * 2 + 1
+    assert sums.total() == 2 * len(SPEC.blocks) + 1
     pools = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.cache))
     assert step.memory_analysis().alias_size_in_bytes >= pools / 4
 
@@ -232,18 +233,18 @@ def test_a_broken_page_is_scrubbed_on_its_own_shard():
     runner = engine_of(2).engine.runner
     runner.cache = jax.tree.map(lambda leaf: jax.device_put(leaf + 1, leaf.sharding), runner.cache)
     runner.scrub([3], shard=1)
-    pages = np.asarray(runner.cache.pools[1].pages)
+    pages = np.asarray(runner.cache.pools[0].pages)
     assert [page for page in range(96) if not pages[page].all()] == [48 + 3]
 
 
 def test_an_engine_of_shards_sleeps_and_takes_other_weights():
     llm = engine_of(2)
     before = tokens_of(llm)
-    llm.engine.update_params(jax.tree.map(lambda w: w * 0.5, weights(llama())), policy="recompute")
+    llm.engine.update_params(jax.tree.map(lambda w: w * 0.5, weights(SPEC)), policy="recompute")
     assert tokens_of(llm) != before
     assert all(shard.pool.num_cached > 0 for shard in llm.engine.shards)
     llm.engine.sleep(2)
-    llm.engine.wake_up(weights(llama()))
+    llm.engine.wake_up(weights(SPEC))
     assert tokens_of(llm) == before
     llm.reset_prefix_cache()
     assert llm.engine.stats().pages_cached == 0
@@ -298,7 +299,7 @@ REFUSED = [
     (lambda: EngineConfig(data_parallel_size=0), "data_parallel_size is 0"),
     (lambda: engine_of(2, host_cache_gb=2**-14), "host_cache_gb is .* with 2 data shards"),
     (lambda: engine_of(2, batch_invariant=True), "batch_invariant has been proven for one device only"),
-    (lambda: LLM((llama(), {}), mesh=MESH, data_parallel_size=2), "data_parallel_size is 2; leave one of them out"),
+    (lambda: LLM((SPEC, {}), mesh=MESH, data_parallel_size=2), "data_parallel_size is 2; leave one of them out"),
 ]
 
 
