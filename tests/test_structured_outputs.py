@@ -375,7 +375,7 @@ def test_what_takes_too_long_is_ended_and_the_next_form_compiles(monkeypatch):
     began = time.monotonic()
     with pytest.raises(RequestError, match=r"take over 0\.3 s to compile; make them simpler"):
         made.get(StructuredOutputsParams(json=EXPLOSION))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4  # to the end of it would take over 10 s
     made.get(StructuredOutputsParams(regex="b"))
 
 
