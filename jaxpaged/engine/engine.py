@@ -23,13 +23,12 @@ from jaxpaged.engine.grammar import Grammar, GrammarError
 from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.intake import EMBEDDING, Intake, Prompt
 from jaxpaged.engine.page_map import PageInfo
-from jaxpaged.engine.page_pool import PagePool
-from jaxpaged.engine.report import OutputKind, Tracked, report, token_logprobs
+from jaxpaged.engine.report import OutputKind, Tracked, report, take_prompt_logprobs, token_logprobs
 from jaxpaged.engine.request import Sequence, seed_words
-from jaxpaged.engine.runner import InFlight, PromptPart, Runner
-from jaxpaged.engine.scheduler import Plan, Scheduler
+from jaxpaged.engine.runner import InFlight, Runner
+from jaxpaged.engine.scheduler import Plan
 from jaxpaged.engine.scoring import Scores
-from jaxpaged.engine.shards import Shards
+from jaxpaged.engine.shards import make_shards
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestError
@@ -75,7 +74,7 @@ class Engine:
         self.runner = Runner(spec, params, self.config, placement, build)
         self.max_model_len = self.runner.max_model_len
         self._host = HostTier(self.runner.num_host_pages, self.runner.min_host_pages)
-        self.shards = Shards([self._scheduler() for _ in range(self.runner.num_shards)])
+        self.shards = make_shards(spec, self.config, self.runner, self._host if self._host.num_slots else None)
         self._intake = Intake(spec, self.config, tokenizer, self.eos_token_ids, self.max_model_len)
         self._requests: dict[str, Tracked] = {}
         self._in_flight: InFlight | None = None
@@ -353,7 +352,8 @@ class Engine:
         tokens, healthy = outputs.tokens.tolist(), outputs.healthy.tolist()
         moved: dict[str, Tracked] = {}
         for part in step.prompt_parts:
-            self._take_prompt_logprobs(part)
+            if (tracked := self._requests.get(part.sequence.request_id)) is not None:
+                take_prompt_logprobs(tracked, part, self.tokenizer)
         step.embedded.take()
         for row, (sequence, _, _, samples) in step.rows:
             tracked = self._requests.get(sequence.request_id)
@@ -473,45 +473,7 @@ class Engine:
             request.metrics.finished_time = now
         return report(tracked, self.tokenizer)
 
-    def _take_prompt_logprobs(self, part: PromptPart) -> None:
-        tracked = self._requests.get(part.sequence.request_id)
-        if tracked is None or tracked.request.prompt_logprobs is None:
-            return
-        wanted = part.sequence.params.prompt_logprobs or 0
-        for row in range(part.num_rows):
-            position = part.start + row
-            entry = token_logprobs(
-                part.logprobs, part.first_row + row, part.sequence.token_ids[position], wanted, self.tokenizer
-            )
-            tracked.request.prompt_logprobs[position] = entry
-
-    def _scheduler(self) -> Scheduler:
-        """One data shard's, with a pool of its own."""
-        runner, config = self.runner, self.config
-        pool = PagePool(
-            runner.num_pages,
-            config.page_size,
-            enable_caching=config.enable_prefix_caching,
-            host=self._host if self._host.num_slots else None,
-        )
-        return Scheduler(
-            pool,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=runner.max_num_batched_tokens,
-            max_num_chunks=runner.max_num_chunks,
-            max_pages=runner.max_pages,
-            long_prefill_token_threshold=config.long_prefill_token_threshold,
-            max_num_partial_prefills=config.max_num_partial_prefills,
-            window=_widest_window(self.spec),
-        )
-
 
 def request_ids(prefix: str = "request") -> Iterator[str]:
     """Names for callers that need none of their own."""
     return (f"{prefix}-{number}" for number in count())
-
-
-def _widest_window(spec: Decoder) -> int | None:
-    """The most keys that any layer's query sees; None where a layer sees all."""
-    windows = [block.mixer.window for block in spec.blocks]
-    return None if None in windows else max(w for w in windows if w is not None)

@@ -9,6 +9,7 @@ from typing import Literal
 from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.request import Request, Sequence
+from jaxpaged.engine.runner import PromptPart
 from jaxpaged.engine.shards import Shard
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.model.sampling import Logprobs
@@ -62,6 +63,16 @@ def token_logprobs(logprobs: Logprobs, row: int, token: int, wanted: int, tokeni
         if other not in found:
             found[other] = Logprob(value, rank, text(other))
     return found
+
+
+def take_prompt_logprobs(tracked: Tracked, part: PromptPart, tokenizer: Tokenizer | None) -> None:
+    """Put a part of a prompt's logprobs where it belongs."""
+    found = tracked.request.prompt_logprobs
+    if found is None:
+        return
+    tokens, wanted = part.sequence.token_ids, part.sequence.params.prompt_logprobs or 0
+    for row, position in enumerate(range(part.start, part.start + part.num_rows), part.first_row):
+        found[position] = token_logprobs(part.logprobs, row, tokens[position], wanted, tokenizer)
 
 
 def _completions(tracked: Tracked) -> list[CompletionOutput]:

@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from jaxpaged.config import EngineConfig
+from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.page_map import PageInfo, page_map
 from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.request import Sequence
+from jaxpaged.engine.runner import Runner
 from jaxpaged.engine.scheduler import Plan, Scheduler
+from jaxpaged.model.spec import Decoder
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,31 @@ class Shards:
         shard = min(self, key=lambda shard: (loads[shard.index] - found[shard.index], -found[shard.index]))
         loads[shard.index] += sequence.num_tokens
         return shard
+
+
+def make_shards(spec: Decoder, config: EngineConfig, runner: Runner, host: HostTier | None) -> Shards:
+    """As many shards as the runner computes, each with a pool of its own; `host` keeps what they give away."""
+
+    def scheduler() -> Scheduler:
+        pool = PagePool(runner.num_pages, config.page_size, enable_caching=config.enable_prefix_caching, host=host)
+        return Scheduler(
+            pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=runner.max_num_batched_tokens,
+            max_num_chunks=runner.max_num_chunks,
+            max_pages=runner.max_pages,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
+            max_num_partial_prefills=config.max_num_partial_prefills,
+            window=_widest_window(spec),
+        )
+
+    return Shards([scheduler() for _ in range(runner.num_shards)])
+
+
+def _widest_window(spec: Decoder) -> int | None:
+    """The most keys that any layer's query sees; None where a layer sees all."""
+    windows = [block.mixer.window for block in spec.blocks]
+    return None if None in windows else max(w for w in windows if w is not None)
 
 
 def _load(shard: Shard) -> int:
