@@ -180,6 +180,17 @@ class LLM:
             raise RequestError("the model came without a tokenizer; give prompts to generate as token ids")
         return self.tokenizer.encode_chat(messages, **template_variables)
 
+    def follow(self) -> None:
+        """In every process but 0, where a mesh spans several: take part in what process 0's LLM does, until it ends.
+
+        The process ends with a line on standard error where another one is lost.
+        """
+        self.engine.runner.follow()
+
+    def close(self) -> None:
+        """Let the other processes return from `follow`; the engine takes no step afterwards. At exit this is done."""
+        self.engine.runner.end()
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
         self.engine.reset_prefix_cache()

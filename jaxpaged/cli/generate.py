@@ -9,7 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.cli.options import add_engine_arguments, add_sampling_arguments, engine_options, sampling_params
+from jaxpaged.cli.options import (
+    add_engine_arguments,
+    add_process_arguments,
+    add_sampling_arguments,
+    engine_options,
+    join_processes,
+    sampling_params,
+)
 from jaxpaged.config import EngineConfig
 from jaxpaged.errors import RequestError
 from jaxpaged.outputs import Logprob, RequestOutput
@@ -18,6 +25,7 @@ from jaxpaged.outputs import Logprob, RequestOutput
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add_engine_arguments(parser)
+    add_process_arguments(parser)
     parser.add_argument("prompt", nargs="*", help="prompts; none: one per line of --file or of standard input")
     parser.add_argument(
         "--file", type=Path, help="one prompt per line; a .jsonl line is a string or a list of token ids"
@@ -34,8 +42,13 @@ def run(args: argparse.Namespace) -> int:
 
     from jaxpaged import LLM  # only here: `--help` needs no jax
 
+    leads = join_processes(args)
+
     room = min(EngineConfig.max_num_seqs, len(prompts) * params.num_completions)  # few prompts need few compiled steps
     llm = LLM(args.model, **({"max_num_seqs": room} | engine_options(args)))
+    if not leads:
+        llm.follow()
+        return 0
     if args.chat:
         prompts = [llm.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
 

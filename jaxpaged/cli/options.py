@@ -11,6 +11,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.errors import ConfigError
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.settings import Settings
 
@@ -44,6 +45,39 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights (default: auto, as in the checkpoint)",
     )
     add_fields(group, EngineConfig, fields(EngineConfig))
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which of several processes this is."""
+    group = parser.add_argument_group(
+        "processes", "one model over the devices of several processes; the same command on each, but for --process-id"
+    )
+    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="where process 0 listens for the others")
+    group.add_argument("--num-processes", type=int, metavar="INT", help="how many processes there are")
+    group.add_argument("--process-id", type=int, metavar="INT", help="which one this is; 0 leads, the others follow")
+    group.add_argument(
+        "--distributed", action="store_true", help="what is not given is detected: SLURM, Open MPI, Kubernetes"
+    )
+
+
+def join_processes(args: argparse.Namespace) -> bool:
+    """Join the others, if there are any; whether this process leads. Raises ConfigError."""
+    given = (args.coordinator_address, args.num_processes, args.process_id)
+    if given == (None, None, None) and not args.distributed:
+        return True
+    if None in given and not args.distributed:
+        flags = ("--coordinator-address", "--num-processes", "--process-id")
+        missing = [flag for flag, value in zip(flags, given, strict=True) if value is None]
+        raise ConfigError(f"{', '.join(missing)} not given; give all 3, or --distributed to have the rest detected")
+    from jaxpaged import distributed
+
+    distributed.start(*given)
+    if (size := getattr(args, "tensor_parallel_size", 1)) < distributed.num_processes():
+        raise ConfigError(
+            f"tensor_parallel_size is {size} but there are {distributed.num_processes()} processes; set it to the "
+            "number of all their devices"
+        )
+    return distributed.is_leader()
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:

@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from jaxpaged.cli.answer_options import add_answer_arguments, answer_options
-from jaxpaged.cli.options import add_engine_arguments, engine_options
+from jaxpaged.cli.options import add_engine_arguments, add_process_arguments, engine_options, join_processes
 from jaxpaged.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ MAX_NUM_QUEUED = 1_024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add_engine_arguments(parser)
+    add_process_arguments(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     group.add_argument("--port", type=int, default=8000, metavar="INT", help="0: any free one (default: %(default)s)")
@@ -82,10 +83,16 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxpaged").setLevel(logging.INFO)
     answers, tracing = answer_options(args), _tracing(args.otlp_traces_endpoint)
+    options = engine_options(args)
+    if not join_processes(args):
+        from jaxpaged import LLM
+
+        options.pop("max_num_queued_requests", None)
+        LLM(args.model, **options).follow()
+        return 0
     found = listen(args.host, args.port)  # first: loading takes long, and a port in use is known at once
     from jaxpaged.server.async_engine import AsyncEngine
 
-    options = engine_options(args)
     queued = options.pop("max_num_queued_requests", MAX_NUM_QUEUED)
     engine = AsyncEngine.load(args.model, max_num_queued_requests=queued, **options)
     keys = tuple(key for key in (*args.api_key, os.environ.get("JAXPAGED_API_KEY", "")) if key)

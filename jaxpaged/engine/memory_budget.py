@@ -20,7 +20,9 @@ def affordable_pages(config: EngineConfig, spec: Decoder, page_bytes: int, place
     """Pages that fit the device's free memory, and no more than all sequences at full length can use; of one data
     shard, of which each has devices of its own.
     """
-    here = jax.local_devices()[0] if placement is None else placement.mesh.devices.flat[0]
+    own = jax.local_devices()
+    devices = own if placement is None else list(placement.mesh.devices.flat)
+    here = next((device for device in devices if device in own), devices[0])
     stats = here.memory_stats()
     if stats and "bytes_limit" in stats:
         budget = pool_budget(stats["bytes_limit"], stats["bytes_in_use"], config)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from jaxpaged.engine.logit_edits import RowEdits, row_edits
 from jaxpaged.engine.memory_budget import affordable_pages, fitting_model_len, host_pages
 from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.engine.processors import Processors
+from jaxpaged.engine.relay import SLEEP, WAKE, Relay, least, make_relay
 from jaxpaged.engine.request import Sequence as TokenSequence
 from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.engine.stacking import stack, stack_found, stack_pieces
@@ -125,11 +127,12 @@ class Runner:
         self.num_pages = num_pages = (
             fit.check(config.num_pages)
             if config.num_pages
-            else fit.most(affordable_pages(config, self.spec, self.page_bytes, placement))
+            else least(fit.most(affordable_pages(config, self.spec, self.page_bytes, placement)), placement)
         )
         self.max_model_len = fitting_model_len(spec, config, num_pages)
         self.max_pages = -(-self.max_model_len // config.page_size)
         self.cache = self._cache_shapes(num_pages, config.page_size, dtype)
+        self._relay: Relay | None = None
         if self.has_params:
             self.wake()
         self.num_host_pages = host_pages(config, self.page_bytes)
@@ -144,6 +147,8 @@ class Runner:
         )
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
         self._compiler = Compiler()
+        same = self.spec, num_pages, self.buckets, self.max_model_len, config.page_size, dtype, config.attention_backend
+        self._relay = make_relay(placement, repr(same), config)
         self.functions = StepFunctions(
             spec,
             self.params,
@@ -154,10 +159,13 @@ class Runner:
             compiler=self._compiler,
             placement=placement,
             build=build,
+            relay=self._relay,
         )
         self._nothing_sampled: Any = np.zeros(self.num_shards * self.functions.max_rows, np.int32)
         self.processors = Processors(self._compiler, spec.vocab_size)
         use_compilation_cache(config.compilation_cache_dir)
+        if self._relay is not None:
+            self._relay.adopt((self.params, self.cache))
 
     @property
     def num_compilations(self) -> int:
@@ -181,6 +189,8 @@ class Runner:
 
     def update_params(self, params: Params) -> None:
         """Use other weights from the next step on; ConfigError, and no change, where they do not fit."""
+        if self._relay is not None:
+            self._relay.refuse("update_params")
         self.params = self._layout.fit(params, self.spec)
         self.param_version += 1
 
@@ -191,11 +201,15 @@ class Runner:
 
     def sleep(self, *, drop_params: bool) -> None:
         """Free the pool, which nobody else holds, and let go of the weights, which others may hold."""
+        if self._relay is not None and drop_params:
+            self._relay.refuse("sleep(2)")
         self._host.settle(wait=True)
         pools = [leaf for leaf in jax.tree.leaves(self.cache) if isinstance(leaf, jax.Array)]
         self.cache = jax.tree.map(as_shape, self.cache)
-        for pool in pools:
-            pool.delete()
+        while pools:
+            pools.pop().delete()
+        if self._relay is not None:
+            self._relay.tell(SLEEP)  # then followers let go of what nobody holds here
         if drop_params:
             self.params = jax.tree.map(as_shape, self.params)
 
@@ -204,6 +218,30 @@ class Runner:
         if self.is_sleeping:
             zeros = (jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in jax.tree.leaves(self.cache))
             self.cache = jax.tree.unflatten(jax.tree.structure(self.cache), zeros)
+            if self._relay is not None:
+                self._relay.tell(WAKE)
+                self._relay.adopt(self.cache)
+
+    def follow(self) -> None:
+        """Do what process 0's runner does, until it ends."""
+        if self._relay is None:
+            raise ConfigError(
+                f"the model lies on devices of one process, of {jax.process_count()}; give a mesh over the devices of "
+                "all, or tensor_parallel_size"
+            )
+        # What holds the arrays now is the relay, which learns when they are let go of.
+        self.params, self.cache = jax.tree.map(as_shape, (self.params, self.cache))
+
+        def wake() -> None:
+            self.wake()
+            self.cache = jax.tree.map(as_shape, self.cache)
+
+        self._relay.follow(self.functions.named, {SLEEP: lambda: None, WAKE: wake})
+
+    def end(self) -> None:
+        """Let the followers, if there are any, return from `follow`."""
+        if self._relay is not None:
+            self._relay.end()
 
     def warm_up(self, *, show_progress: bool = True) -> None:
         """Compile every function for every bucket, so that no later step compiles."""
@@ -249,7 +287,8 @@ class Runner:
     def read(self, step: InFlight) -> InFlight:
         """The step with its results on the host, waited for."""
         wanted = step.outputs, [p.logprobs for p in step.prompt_parts], step.embedded.sums
-        outputs, parts, sums = jax.device_get(wanted)
+        with nullcontext() if self._relay is None else self._relay.guard():
+            outputs, parts, sums = jax.device_get(wanted)
         self._host.settle(wait=False)
         tokens = outputs.tokens.reshape(self.num_shards, -1)[:, : step.num_rows].reshape(-1)
         return step._replace(

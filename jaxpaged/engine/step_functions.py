@@ -18,6 +18,7 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.engine import batch
 from jaxpaged.engine.batch import Bucket
 from jaxpaged.engine.compilation import Build, Compiler, Jitted, traced
+from jaxpaged.engine.relay import Function, Relay
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import sampling
 from jaxpaged.model.cache import KVCache
@@ -29,6 +30,11 @@ from jaxpaged.model.spec import Decoder
 from jaxpaged.model.step import ForwardOutputs, StepInputs, forward
 
 _ALWAYS_TRACED = ("read_pages", "write_pages", "sum_hidden")  # they know nothing of the model, and are small
+_RELAYED = (
+    *("forward", "sample", "logprobs", "edit", "restrict", "prompt_logprobs", "sum_hidden"),
+    *("scrub", "copy"),
+)
+"""What other processes can be asked to call, by number."""
 
 
 class StepFunctions:
@@ -46,8 +52,11 @@ class StepFunctions:
         compiler: Compiler,
         placement: Placement | None = None,
         build: Build = traced,
+        relay: Relay | None = None,
     ) -> None:
-        """Of `params` and `cache`, arrays or shapes, only shapes and places are looked at."""
+        """Of `params` and `cache`, arrays or shapes, only shapes and places are looked at. With a `relay` a call is
+        made in all processes.
+        """
         self.spec = spec
         self.params, self.cache = jax.tree.map(as_shape, (params, cache))
         self.buckets = buckets
@@ -60,6 +69,7 @@ class StepFunctions:
         self.moves_pages = config.host_cache_gb > 0
         self._compiler = compiler
         self._build = build
+        self._relay = relay
 
     def jobs(self) -> list[Callable[[], object]]:
         """A call for each function and bucket that compiles it, unless it has been."""
@@ -79,7 +89,18 @@ class StepFunctions:
         name, size = key
         sizes = size if isinstance(size, Bucket) else (size,)
         build = traced if name in _ALWAYS_TRACED else self._build
-        return self._compiler.get((name, sizes), build, jitted, jax.tree.map(self._on_mesh, shapes))
+        shapes = jax.tree.map(self._on_mesh, shapes)
+        compiled = self._compiler.get((name, sizes), build, jitted, shapes)
+        if self._relay is None:
+            return compiled
+        return Function(self._relay, _RELAYED.index(name), sizes, compiled, shapes)
+
+    def named(self, number: int, sizes: Sequence[int]) -> Any:
+        """The function that the relay calls by a number, for sizes of which a bucket has three."""
+        name = _RELAYED[number]
+        if name in ("scrub", "copy"):
+            return self.scrub() if name == "scrub" else self.copy_pages()
+        return getattr(self, name)(Bucket(*sizes) if name in ("forward", "sum_hidden") else sizes[0])
 
     def _jit(
         self, function: Callable[..., Any], outputs: Any, *, donate: int | None = None, whole: Sequence[int] = ()

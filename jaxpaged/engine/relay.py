@@ -1,0 +1,257 @@
+"""One leader, many followers: each call of a compiled function on the leader is made on every follower, in order.
+
+The leader's numpy arguments go out through a collective of JAX, as words in frames of one size. Arrays on the devices
+stay where they are: both sides number what their calls give alike, and a message names them by number. Nothing is
+pickled, and followers know every shape from the function itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.errors import ConfigError
+from jaxpaged.model.sharding import Placement
+
+FRAME = 1 << 14
+"""Words of one collective: 64 KiB, which hold the inputs of most steps."""
+
+END, CALL, SLEEP, WAKE = range(4)
+
+Words = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A compiled function as the leader calls it: number, sizes, what it is compiled for."""
+
+    relay: Relay
+    number: int
+    sizes: tuple[int, ...]
+    compiled: Callable[..., Any]
+    shapes: tuple[Any, ...]
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it here, and have the followers call it."""
+        return self.relay.call(self, args)
+
+
+class Relay:
+    """One process's end. `made` are the arrays that calls gave and that are still wanted, by number."""
+
+    def __init__(self, fingerprint: str) -> None:
+        """Raises ConfigError where the processes were not started with the same `fingerprint`."""
+        self.is_leader = jax.process_index() == 0
+        self._is_following = False
+        self._send = _collective()
+        self._made: dict[int, Any] = {}  # a follower's
+        self._numbers: dict[int, int] = {}  # the leader's: id of a living array -> number
+        self._watched: dict[int, Any] = {}  # weak references, which must live to tell of an end
+        self._dropped: list[int] = []
+        self._next = 0
+        print_of = np.asarray(zlib.crc32(fingerprint.encode()), np.uint32)
+        if len(np.unique(multihost_utils.process_allgather(print_of))) > 1:
+            raise ConfigError(
+                f"the {jax.process_count()} processes were given different models or settings; give all the same"
+            )
+        if self.is_leader:
+            atexit.register(self.end)  # before JAX's own, which waits for the followers to leave
+
+    def adopt(self, tree: Any) -> None:
+        """Number arrays that both sides have, and that no call gave."""
+        for leaf in jax.tree.leaves(tree):
+            if self.is_leader:
+                self._numbers[id(leaf)] = self._next
+                self._watched[self._next] = weakref.ref(leaf, self._forget(id(leaf), self._next))
+            else:
+                self._made[self._next] = leaf
+            self._next += 1
+
+    def call(self, function: Function, args: tuple[Any, ...]) -> Any:
+        """The leader's call. Raises ConfigError on a follower, which has nothing to say."""
+        if not self.is_leader:
+            raise ConfigError(
+                f"process {jax.process_index()} of {jax.process_count()} follows process 0, which alone takes "
+                "requests; call llm.follow()"
+            )
+        leaves = jax.tree.leaves(args)
+        numbers = [self._numbers.get(id(leaf), -1) if isinstance(leaf, jax.Array) else -1 for leaf in leaves]
+        shapes = jax.tree.leaves(function.shapes)
+        data = [_words(x, s.dtype) for x, s, n in zip(leaves, shapes, numbers, strict=True) if n < 0]
+        sizes = (*function.sizes, *[0] * (3 - len(function.sizes)))
+        self._tell(CALL, [function.number, *sizes], numbers, data)
+        with self.guard():
+            result = function.compiled(*args)
+        self.adopt(result)
+        return result
+
+    def refuse(self, what: str) -> NoReturn:
+        """Say what does not work across processes."""
+        raise ConfigError(
+            f"{what} does not work over {jax.process_count()} processes yet, which keep the weights that they loaded; "
+            "start them anew with others"
+        )
+
+    def tell(self, kind: int) -> None:
+        """Have the followers sleep or wake; nothing on a follower."""
+        if self.is_leader:
+            self._tell(kind, [0] * 4, [], [])
+
+    def end(self) -> None:
+        """Let the followers return from `follow`; the leader calls nothing afterwards."""
+        atexit.unregister(self.end)
+        if self.is_leader:
+            self._tell(END, [0] * 4, [], [])
+
+    def follow(self, function: Callable[[int, tuple[int, ...]], Function], on: dict[int, Callable[[], object]]) -> None:
+        """Do as the leader does until it ends. `function(number, sizes)` compiles; `on` says what SLEEP and WAKE do."""
+        if self.is_leader:
+            raise ConfigError("process 0 leads: it takes requests, and the others follow")
+        while (message := self._hear())[0] != END:
+            kind, number, *sizes, num_dropped = message[:6].tolist()
+            dropped, rest = message[6 : 6 + num_dropped], message[6 + num_dropped :]
+            for each in dropped.tolist():
+                del self._made[each]
+            if kind != CALL:
+                on[kind]()
+                continue
+            found = function(number, tuple(sizes))
+            shapes, structure = jax.tree.flatten(found.shapes)
+            leaves, at = [], len(shapes)
+            for shape, known in zip(shapes, rest[: len(shapes)].tolist(), strict=True):
+                if known >= 0:
+                    leaves.append(self._made[known])
+                    continue
+                num_bytes = int(np.prod(shape.shape)) * shape.dtype.itemsize
+                raw = rest[at : (at := at - (-num_bytes // 4))].view(np.uint8)[:num_bytes]
+                leaves.append(raw.view(shape.dtype).reshape(shape.shape))
+            with self.guard():
+                self.adopt(found.compiled(*jax.tree.unflatten(structure, leaves)))
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """What fails on a device here has failed for all: this process ends, and with it the others."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            _die(error)
+
+    def _forget(self, identity: int, number: int) -> Callable[[object], None]:
+        def gone(_: object) -> None:
+            del self._numbers[identity], self._watched[number]
+            self._dropped.append(number)
+
+        return gone
+
+    def _tell(self, kind: int, header: Sequence[int], numbers: Sequence[int], data: Sequence[Words]) -> None:
+        dropped, self._dropped = self._dropped, []
+        words = np.asarray([0, kind, *header, len(dropped), *dropped, *numbers], np.int32)
+        message = np.concatenate([words, *data])
+        message[0] = len(message)
+        with self.guard():
+            for begin in range(0, len(message), FRAME):
+                frame = np.zeros(FRAME, np.int32)
+                piece = message[begin : begin + FRAME]
+                frame[: len(piece)] = piece
+                self._send(frame)
+
+    def _hear(self) -> Words:
+        with self.guard():
+            nothing = np.zeros(FRAME, np.int32)
+            frames = [np.asarray(self._send(nothing))]
+            length = int(frames[0][0])
+            frames += [np.asarray(self._send(nothing)) for _ in range(FRAME, length, FRAME)]
+        return np.concatenate(frames)[1:length]
+
+
+def make_relay(placement: Placement | None, fingerprint: str, config: EngineConfig) -> Relay | None:
+    """The relay of a mesh over several processes, None for one within this process."""
+    if placement is None or len(spanned := _processes(placement)) == 1:
+        return None
+    if len(spanned) < jax.process_count():
+        raise ConfigError(
+            f"the mesh has devices of {len(spanned)} of the {jax.process_count()} processes; use devices of all, "
+            "or of one"
+        )
+    if (shards := placement.num_shards("data")) > 1:
+        raise ConfigError(
+            f"{shards} data shards over {len(spanned)} processes do not work yet; use 1, and cut layers over "
+            "all devices"
+        )
+    if config.host_cache_gb:
+        raise ConfigError(
+            f"host_cache_gb is {config.host_cache_gb:g} over {len(spanned)} processes, whose pages the host does not "
+            "keep yet; set it to 0"
+        )
+    return Relay(fingerprint)
+
+
+def least(number: int, placement: Placement | None) -> int:
+    """The least of what the mesh's processes say."""
+    if placement is None or len(_processes(placement)) == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.asarray(number, np.int32)).min())
+
+
+def _processes(placement: Placement) -> set[int]:
+    if jax.process_count() == 1:
+        return {0}  # whatever the mesh: its devices may be shapes to compile for
+    return {device.process_index for device in placement.mesh.devices.flat}
+
+
+def _collective() -> Callable[[Words], jax.Array]:
+    """send(frame) -> the sum of all processes' frames, of which all but the leader's are zeros."""
+    devices = _one_of_each()
+    mesh = Mesh(np.asarray(devices), ("process",))
+    own, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("process",), ()))
+    shape = jax.ShapeDtypeStruct((len(devices), FRAME), np.int32, sharding=own)
+    summed: Any = jax.jit(lambda frames: frames.sum(0), out_shardings=everywhere).lower(shape).compile()
+
+    def send(frame: Words) -> jax.Array:
+        row = jax.device_put(frame[None], devices[jax.process_index()])
+        total: jax.Array = summed(jax.make_array_from_single_device_arrays(shape.shape, own, [row]))
+        return total.addressable_data(0)
+
+    return send
+
+
+def _one_of_each() -> list[jax.Device]:
+    """A CPU device of each process, so that messages do not wait behind steps; where there are none, any."""
+    for platform in ("cpu", None):
+        try:
+            found = {device.process_index: device for device in reversed(jax.devices(platform))}
+        except RuntimeError:  # JAX was told to leave the CPU out
+            continue
+        if len(found) == jax.process_count():
+            return [found[process] for process in range(jax.process_count())]
+    raise ConfigError(f"JAX sees devices of fewer than its {jax.process_count()} processes; start all of them anew")
+
+
+def _words(x: Any, dtype: np.dtype[Any]) -> Words:
+    raw = np.ascontiguousarray(np.asarray(x), dtype).reshape(-1).view(np.uint8)
+    return np.pad(raw, (0, -len(raw) % 4)).view(np.int32)
+
+
+def _die(error: Exception) -> NoReturn:
+    """At once: leaving in order would wait for processes that are gone."""
+    reason = " ".join(str(error).split())[:300]
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} ends: another one has gone or a step has "
+        f"failed ({reason}); start all of them again",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
