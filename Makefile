@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-ray test-aot test-clients gpu gpu-wheels lint fix types bench wheel table clean
+.PHONY: help demo test test-slow test-fuzz test-ray test-aot test-clients gpu gpu-wheels lint fix types bench wheel table clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +42,9 @@ gpu-wheels: | $(BIN)/python ## fetch pure wheels to take along where `make gpu` 
 test-tunix: ## train with google-tunix, rolled out here; installs 1.6 GB, which .ci/run leaves out
 	$(MAKE) VENV=.venv-tunix .venv-tunix/.tunix
 	.venv-tunix/bin/python -m pytest tests/test_tunix.py
+
+test-fuzz: $(VENV)/.fuzz ## 2,000 requests that schemathesis makes of the OpenAPI document, or NUM_CASES=
+	$(BIN)/python -m pytest tests/test_server_fuzz.py
 
 test-ray: $(VENV)/.ray ## Ray's replicas and workers, really started and killed
 	$(BIN)/python -m pytest tests/test_ray.py
@@ -88,6 +91,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml $(VENV)/.demo | $(BIN)/python
 	@echo "installing the development tools into $(VENV) ..."
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.fuzz: pyproject.toml $(VENV)/.dev
+	$(PIP) 'schemathesis>=4,<5'
 	@touch $@
 
 $(VENV)/.ray: pyproject.toml $(VENV)/.dev

@@ -16,6 +16,9 @@ from jaxpaged.structured_outputs import StructuredOutputsParams
 MIN_TEMPERATURE = 0.01
 """A smaller temperature that is not 0 is raised to this, as in vLLM: logits divided by less overflow."""
 
+MAX_TEMPERATURE = 1e6
+"""A larger one is lowered to this, at which all tokens are equally likely: some are no numbers of the device."""
+
 MAX_LOGIT_BIAS = 1e6
 """Any more decides nothing that this does not, and would end in logits that are not finite."""
 
@@ -101,8 +104,8 @@ class SamplingParams(Settings):
 
         if self.best_of is not None and self.best_of < self.n:
             raise RequestError(f"best_of is {self.best_of:,} but n is {self.n:,}; raise it to n, or lower n")
-        if 0 < self.temperature < MIN_TEMPERATURE:
-            self._set("temperature", MIN_TEMPERATURE)
+        if self.temperature > 0:
+            self._set("temperature", min(max(self.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens:,}; it must be at most max_tokens, {self.max_tokens:,}")
 
@@ -195,8 +198,8 @@ class BeamSearchParams(Settings):
         self._check_bool("ignore_eos")
         if self.early_stopping not in (True, False, "never"):
             raise RequestError(f"early_stopping is {self.early_stopping!r}; it must be True, False or 'never'")
-        if 0 < self.temperature < MIN_TEMPERATURE:
-            self._set("temperature", MIN_TEMPERATURE)
+        if self.temperature > 0:
+            self._set("temperature", min(max(self.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE))
 
 
 def _texts(name: str, given: Iterable[str] | None) -> tuple[str, ...]:

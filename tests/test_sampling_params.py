@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxpaged.errors import JaxpagedError, RequestError
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 
 def test_defaults_are_vllms():
@@ -136,3 +136,11 @@ def test_equal_params_hash_alike_and_survive_pickling_and_replace():
 def test_params_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().n = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "make", [SamplingParams, lambda **given: BeamSearchParams(beam_width=2, max_tokens=4, **given)]
+)
+def test_temperature_is_a_number_of_the_device(make):
+    given = (0.0, 1e-9, 0.5, 1e300)
+    assert [make(temperature=value).temperature for value in given] == [0.0, 0.01, 0.5, 1e6]
