@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv, from PyPI, and nothing outside it.
 # `make test` leaves out what is marked slow, which `make test-slow` runs: the real model, the engine over every family,
-# peak memory of conversion, long random orders of scheduling, benchmarks, wheel and sdist. .ci/run runs both.
+# peak memory of conversion, long random orders of scheduling, benchmarks, wheel and sdist. .ci/run runs both. Of the slow ones `make test-long` runs a few that others nearly cover.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-fuzz test-ray test-aot test-clients gpu gpu-wheels lint fix types bench wheel table clean
+.PHONY: help demo test test-slow test-long test-fuzz test-ray test-aot test-clients gpu gpu-wheels lint fix types bench wheel table clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -21,7 +21,10 @@ test: $(VENV)/.dev ## the fast tests
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-slow: $(VENV)/.dev ## the tests that `make test` leaves out
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "slow and not long" --numprocesses 2 --dist worksteal --durations 20
+
+test-long: $(VENV)/.dev ## the slow tests that .ci/run has no time for: before a release, and for what they cover
+	$(BIN)/python -m pytest -m long --numprocesses 2 --dist worksteal
 
 AOT ?= .venv-aot
 ONLY ?=

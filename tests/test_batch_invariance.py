@@ -127,6 +127,7 @@ def test_requests_under_way_go_on_while_others_are_scored():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_hundred_prompts_have_equal_logprobs_however_they_are_computed(dtype, capsys):
     prompts = make_prompts(200, longest=90)

@@ -42,7 +42,7 @@ def tokens_of_one(name: str) -> list[list[int]]:
     ("name", "data", "tensor"),
     [("llama", 2, 4)]
     + [
-        pytest.param(name, *sizes, marks=pytest.mark.slow)
+        pytest.param(name, *sizes, marks=(pytest.mark.slow, *([pytest.mark.long] if sizes[1] == 1 else [])))
         for name in ("llama", "gpt2", "gemma")
         for sizes in SHAPES
         if (name, *sizes) != ("llama", 2, 4)
@@ -58,7 +58,7 @@ def test_data_shards_give_the_tokens_of_one_device(name, data, tensor):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data", "tensor"), [(2, 4), (8, 1)])
+@pytest.mark.parametrize(("data", "tensor"), [(2, 4), pytest.param(8, 1, marks=pytest.mark.long)])
 def test_smollm2_answers_the_same_from_data_shards(data, tensor):
     assert answers(data, tensor) == answers(1, 1)
 
@@ -107,7 +107,7 @@ def numbers(output: RequestOutput) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seats", [1, 3])
+@pytest.mark.parametrize("seats", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_pool_too_small_for_all_serves_all_on_every_shard(seats):
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 64, n).tolist() for n in rng.integers(1, 50, 8 * seats)]

@@ -33,6 +33,7 @@ def test_answers_of_a_random_model_are_valid():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_answers_over_a_real_vocabulary_are_valid():
     tokenizer = load_tokenizer(gguf_metadata(smollm2_gguf()))
     check(json_answers.tiny_llm(tokenizer, max_num_seqs=32, num_pages=8193), 200)

@@ -92,7 +92,9 @@ def alone(model: Path) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.parametrize(("num", "lost", "meanwhile"), [(2, 1, "steps"), (2, 1, "idle"), (4, 0, "steps")])
+@pytest.mark.parametrize(
+    ("num", "lost", "meanwhile"), [pytest.param(2, 1, "steps", marks=pytest.mark.long), (2, 1, "idle"), (4, 0, "steps")]
+)
 def test_processes_answer_as_one_and_end_as_one(
     model: Path, alone: dict[str, Any], num: int, lost: int, meanwhile: str
 ) -> None:

@@ -128,6 +128,7 @@ def test_others_keep_a_token_every_step_beside_a_form(llm):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_a_mesh_the_answers_are_the_same(llm):
     params = [asking(seed, regex="[a-z]{3}[0-9]{1,5}x") for seed in range(5)] + [SamplingParams(seed=9, max_tokens=12)]
     assert tokens(make(tensor_parallel_size=2, data_parallel_size=2), PROMPTS, params) == tokens(llm, PROMPTS, params)
