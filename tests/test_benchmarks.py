@@ -69,7 +69,7 @@ def test_an_unknown_workload_names_the_known_ones() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["throughput", pytest.param("latency", marks=pytest.mark.long)])
+@pytest.mark.parametrize("script", ["latency", pytest.param("throughput", marks=pytest.mark.long)])
 @pytest.mark.torch
 def test_a_run_appends_one_complete_row(tmp_path: Path, script: str) -> None:
     rows = tmp_path / "rows.jsonl"

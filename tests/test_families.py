@@ -168,7 +168,12 @@ def mixed_step(
     return inputs, counts
 
 
-@pytest.mark.parametrize("name", [n if n in IN_ENGINE else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    """Of variants of one family one is enough for CI: their logits and paged steps are compared in the fast tests."""
+    return [pytest.mark.slow, *([pytest.mark.long] if name.startswith("llama_") else [])]
+
+
+@pytest.mark.parametrize("name", [n if n in IN_ENGINE else pytest.param(n, marks=_marks(n)) for n in CASES])
 def test_engine_generates_what_transformers_does(
     name: str, reference: Callable[[Case], Mapping[str, np.ndarray]], tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ STREAM = {"prompt": [1, 2, 3], "stream": True}
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_64_crawling_readers_hold_up_nobody_and_cost_bounded_memory():
     """One step takes 20 ms, which is what a reader waits for; of some rounds the best, as others use these cores."""
     asked = [STREAM | {"max_tokens": 75}] * 8

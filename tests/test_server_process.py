@@ -102,6 +102,7 @@ def test_killed_server_breaks_its_connections_and_leaves_its_port_free(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_soak_of_half_a_minute(folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     command = [sys.executable, "benchmarks/soak.py", "--minutes", "0.5", "--rate", "15", "--model", str(folder)]

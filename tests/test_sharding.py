@@ -63,7 +63,7 @@ def tokens_of(llm: LLM) -> list[list[int]]:
     ("name", "size"),
     [("grouped", 8)]
     + [
-        pytest.param(name, size, marks=pytest.mark.slow)
+        pytest.param(name, size, marks=(pytest.mark.slow, *([pytest.mark.long] if size == 4 else [])))
         for name, sizes in {"llama": (2, 4, 8), "awkward": (2, 4, 8), "gpt2": (2, 4, 8), "gemma": (2, 4, 8)}.items()
         for size in sizes
     ],
