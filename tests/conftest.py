@@ -9,13 +9,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:  # what a run without these fixtures need not import
+    import openai
+    from running_server import RunningServer
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,3 +110,19 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, Callable[[], Arrays
         return stored
 
     return reference
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    """OpenAI's own, asking the `server` of the test's module."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def no_page_is_leaked(server: RunningServer) -> Iterator[None]:
+    """Of the `server` of the test's module, once a test is over."""
+    yield
+    assert server.pages_held() == 0

@@ -15,6 +15,8 @@ GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 6}
 HELLO = [{"role": "user", "content": "ban"}]
 RENDERED = "user:ban\nassistant:"
 
+pytestmark = pytest.mark.usefixtures("no_page_is_leaked")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -25,18 +27,6 @@ def folder(tmp_path_factory):
 def server(folder):
     with running(folder, enable_admin=True) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def no_page_is_leaked(server):
-    yield
-    assert server.pages_held() == 0
 
 
 def ids(server, text):

@@ -8,7 +8,6 @@ import threading
 import time
 from typing import Literal
 
-import openai
 import pydantic
 import pytest
 from running_server import running
@@ -27,23 +26,13 @@ SCHEMA = {
 FORMAT = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": SCHEMA}}
 CALL = {"model": "tiny", "max_tokens": 300, "seed": 1, "logit_bias": {}}
 
+pytestmark = pytest.mark.usefixtures("no_page_is_leaked")
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with running(write_chat_model(tmp_path_factory.mktemp("forms") / "model")) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def no_page_is_leaked(server):
-    yield
-    assert server.pages_held() == 0
 
 
 def test_json_schema_as_openai_asks_for_it(client):

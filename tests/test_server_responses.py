@@ -29,12 +29,6 @@ def server(tmp_path_factory):
         assert server.pages_held() == 0
 
 
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def chat(client, messages):
     answer = client.chat.completions.create(model="tiny", temperature=0, max_tokens=6, messages=messages)
     return answer.choices[0].message.content

@@ -6,7 +6,6 @@ import json
 from contextlib import contextmanager
 from dataclasses import replace
 
-import openai
 import pytest
 from openai.types.responses import Response
 from running_server import running
@@ -44,6 +43,8 @@ KINDS = ("reasoning_text", "output_text")
 CALL = {"model": "tiny", "messages": HELLO, "max_tokens": 200, "seed": 3}
 TEXT = 'Well.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern", "days": 2}}\n</tool_call>'
 
+pytestmark = pytest.mark.usefixtures("no_page_is_leaked")
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
@@ -51,18 +52,6 @@ def server(tmp_path_factory):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     with running(folder, parsers=Parsers(reasoning="qwen3")) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def no_page_is_leaked(server):
-    yield
-    assert server.pages_held() == 0
 
 
 @pytest.fixture
