@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -38,7 +38,10 @@ def serving(folder, *flags):
 
 def listening(pid: int) -> set[tuple[str, int]]:
     """Addresses, in hexadecimal, and ports of the process's listening sockets, of any kind."""
-    names = {link.readlink().name for link in Path(f"/proc/{pid}/fd").iterdir()}
+    names = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            names.add(link.readlink().name)
     found = set()
     for kind in ("tcp", "tcp6", "udp", "udp6"):
         for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]:
