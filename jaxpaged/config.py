@@ -13,7 +13,9 @@ CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8", "f
 AttentionBackend = Literal["auto", "reference", "triton", "mosaic"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
-PARALLEL_SIZES = ("tensor_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
+PARALLEL_SIZES = (
+    *("tensor_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size"),
+)
 """The fields that ask for a mesh."""
 
 
@@ -26,6 +28,7 @@ class EngineConfig(Settings):
     tensor_parallel_size          devices over which each layer is cut (LLM's `mesh` says more)
     data_parallel_size            shards over which sequences and pages are split; limits and `num_pages` are each one's
     prefill_context_parallel_size  devices over which a step's tokens are split where it computes prompts
+    pipeline_parallel_size        stages of layers, each on devices of its own
     memory_utilization            share of the device's memory that weights and pool may take
     max_model_len                 most tokens of one sequence, prompt and answer; None: what the model was made for
     max_num_seqs                  most sequences computed in one step
@@ -51,6 +54,7 @@ class EngineConfig(Settings):
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
     prefill_context_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     memory_utilization: float = 0.9
     max_model_len: int | None = None
     max_num_seqs: int = 64

@@ -282,8 +282,7 @@ def _placement(mesh: Mesh | None, rules: ShardingRules | None, config: EngineCon
     sizes = {name: getattr(config, name) for name in PARALLEL_SIZES}
     asked = " and ".join(f"{name} is {size}" for name, size in sizes.items() if size != 1)
     if mesh is None:
-        tensor, data, sequence = sizes.values()
-        return parallel(tensor, data, sequence, rules) if asked else None
+        return parallel(*sizes.values(), rules=rules) if asked else None
     if asked:
         raise ConfigError(f"a mesh of {mesh.devices.size} devices was given and {asked}; leave one of them out")
     return Placement(mesh, rules or ShardingRules())

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpaged.engine import batch
+from jaxpaged.engine.groups import Groups
 from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.page_pool import NULL_PAGE, PagePool
 from jaxpaged.engine.request import Sequence, needs_history, seed_words
@@ -134,6 +135,7 @@ class HashEngine:
         window: int | None = None,
         host_pages: int = 0,
         min_host_pages: int = 1,
+        groups: int = 1,
         **limits: int | None,
     ) -> None:
         self.max_model_len = (num_pages - 1) * page_size
@@ -151,7 +153,8 @@ class HashEngine:
         self.buckets = batch.make_buckets(max_num_seqs, budget)
         self.device = Device(num_pages, page_size, long_after, window or FAR, host_pages)
         self.sequences: list[Sequence] = []
-        self.in_flight: InFlight | None = None
+        self.groups = Groups(groups, page_size)
+        self.in_flight: list[InFlight | None] = [None] * groups
         self.choices: dict[Sequence, int] = {}  # of sequences whose tokens the host chooses
         self.stale: set[Sequence] = set()  # hold keys of old weights: what they say next is nobody's business
         self.num_operations = 0
@@ -229,15 +232,21 @@ class HashEngine:
         self.check(plan, before)
         self.stale |= {fork.sequence for fork in plan.forks if fork.of.sequence in self.stale}
         waited_for = self.in_flight
-        assert waited_for or not plan.is_empty or not self.unfinished, "nothing to compute, nothing to wait for, no end"
-        self.in_flight = None if plan.is_empty else self._dispatch(plan, waited_for)
-        if waited_for is not None:
-            self._read(waited_for)
+        assert any(waited_for) or not plan.is_empty or not self.unfinished, "nothing to compute or wait for, no end"
+        parts = self.groups.split(plan)
+        self.check_parts(plan, parts)
+        self.in_flight = [
+            None if part.is_empty else self._dispatch(part, before)
+            for part, before in zip(parts, waited_for, strict=True)
+        ]
+        for step in waited_for:
+            if step is not None:
+                self._read(step)
         return plan
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
         """Step until then, or until all have finished. The first moves on in one step of two: there is a bound."""
-        done = until or (lambda: not self.unfinished and self.in_flight is None)
+        done = until or (lambda: not self.unfinished and not any(self.in_flight))
         most = 2 + 2 * sum(2 * (s.prompt_len + s.max_tokens) + 4 for s in self.unfinished)
         for _ in range(most):
             if done():
@@ -322,6 +331,12 @@ class HashEngine:
             assert fork.of.samples
         self.check_pages()
         self.check_writes(planned, before)
+
+    def check_parts(self, plan: Plan, parts: list[Plan]) -> None:
+        for name in plan._fields:
+            together = [one for part in parts for one in getattr(part, name)]
+            assert sorted(map(id, together)) == sorted(map(id, getattr(plan, name)))
+        assert plan.is_empty or not any(p.copies or p.moves_in or p.moves_out for p in parts if p.is_empty)
 
     def check_pages(self) -> None:
         size, running = self.pool.page_size, self.scheduler.running

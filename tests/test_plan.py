@@ -54,6 +54,19 @@ def test_memory_is_what_the_arrays_take_on_every_device(config, pool, size, cont
     assert llm.engine.runner.max_model_len == found.max_model_len
 
 
+@pytest.mark.parametrize("config", [SMOLLM2, GEMMA], ids=["smollm2", "gemma"])
+def test_memory_of_pipeline_stages_is_what_the_fullest_devices_hold(config):
+    spec = spec_of(config)
+    settings = EngineConfig(pipeline_parallel_size=2, tensor_parallel_size=2, **SMALL)
+    forecaster = Forecaster(spec, "float32", settings)
+    found = forecaster.fit(forecaster.weight_bytes() + (64 << 20))
+    llm = LLM((spec, dummy_params(spec)), config=replace(settings, num_pages=found.num_pages))
+    weights, pools = (bytes_by_device(tree) for tree in (llm.engine.params, llm.engine.runner.cache))
+    held = {device: (weights[device] + pools[device], weights[device]) for device in weights}
+    assert max(held.values()) == (found.weight_bytes + found.pool_bytes, found.weight_bytes)
+    assert len(held) == 4 and max(weights.values()) == forecaster.weight_bytes()
+
+
 def test_pages_fill_the_share_of_the_memory_that_is_asked_for_and_not_more_than_is_of_use():
     forecaster = Forecaster(spec_of(SMOLLM2), "bfloat16", EngineConfig(memory_utilization=0.5))
     memory = 256 << 20
@@ -75,6 +88,18 @@ def test_a_decode_step_reads_every_weight_but_the_embedding_and_all_keys_that_ar
     assert (step.num_sums, step.sum_bytes) == (65, 512 << 10)
     assert step.link_bytes == 65 * 2 * 7 * (512 << 10) // 8
     assert step.total(Speeds(1e12, 1e30, 1e9)) == pytest.approx(step.flops / 1e12 + step.link_bytes / 1e9)
+
+
+def test_a_pipeline_stage_reads_its_weights_for_each_group_and_hands_on_a_row_for_each_sequence():
+    spec = spec_of(SHAPES["llama-3-8b"])
+    one, two = (
+        Forecaster(spec, "bfloat16", EngineConfig(pipeline_parallel_size=n)).decode_step(64, 1000) for n in (1, 2)
+    )
+    layers = 16 * (4096 * (32 + 8 + 8 + 32) * 128 + 3 * 4096 * 14336 + 2 * 4096)
+    assert two.weight_bytes == 2 * 2 * (layers + 4096 * 128256 + 4096)  # the last stage's, of bfloat16, for two groups
+    assert 2 * two.kv_bytes == one.kv_bytes
+    first = Forecaster(spec, "bfloat16", EngineConfig(pipeline_parallel_size=2))
+    assert first._decode_step(first.stages[0], 64, 1000).link_bytes == 64 * 4096 * 2
 
 
 def test_prompts_split_over_devices_split_the_keys_that_a_step_reads_too_and_gather_what_attention_gave():

@@ -418,6 +418,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_partial_prefills=st.sampled_from([None, None, 1]),
         host_pages=st.sampled_from([0, 0, 1, 3, 8, 99]),
         min_host_pages=st.sampled_from([1, 1, 3]),
+        groups=st.sampled_from([1, 1, 2, 3]),
     )
     def start(self, pool: tuple[int, int], max_num_seqs: int, max_chunks: int, **limits: int) -> None:
         self.engine = HashEngine(*pool, max_num_seqs, max_chunks=min(max_chunks, max_num_seqs), **limits)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from jaxpaged.engine.forecast import DecodeStep, Forecast, Forecaster, Speeds
 
 ENGINE_FIELDS = (
-    *("tensor_parallel_size", "prefill_context_parallel_size", "memory_utilization", "page_size", "num_pages"),
-    *("max_model_len", "max_num_seqs", "cache_dtype"),
+    *("tensor_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size", "memory_utilization"),
+    *("page_size", "num_pages", "max_model_len", "max_num_seqs", "cache_dtype"),
 )
 _UNITS = {"": 1} | {f"{p}{b}": n**i for b, n in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", 1)}
 _SPEEDS = {"flops": 1e12, "hbm_bandwidth": 1e9, "link_bandwidth": 1e9}
@@ -90,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             fitting.append((tensor, data, found, _step(forecaster, found, args.context_len)))
 
-    split = config.prefill_context_parallel_size
-    prompts = f", prompts split over {split:,}" if split > 1 else ""
-    print(f"{args.model}, weights of {dtype}, on {args.devices:,} devices of {_size(memory)}{prompts}")
+    split, stages = config.prefill_context_parallel_size, config.pipeline_parallel_size
+    more = (f", in {stages:,} stages" if stages > 1 else "") + (f", prompts split over {split:,}" if split > 1 else "")
+    print(f"{args.model}, weights of {dtype}, on {args.devices:,} devices of {_size(memory)}{more}")
     if len(splits) == 1 and fitting:
         print(_details(*fitting[0], speeds))
     elif fitting:
@@ -154,9 +154,9 @@ def _step(forecaster: Forecaster, found: Forecast, context_len: int) -> DecodeSt
 
 
 def _splits(devices: int, given: Mapping[str, int | None]) -> list[tuple[int, int]]:
-    """(tensor, data) parallel sizes whose product, with the prompts' split, is the number of devices."""
-    tensor, data, context = (given[name] for name in PARALLEL_SIZES)
-    rest, left_over = divmod(devices, context or 1)
+    """(tensor, data) parallel sizes whose product, with the prompts' split and the stages, is the number of devices."""
+    tensor, data, context, stages = (given[name] for name in PARALLEL_SIZES)
+    rest, left_over = divmod(devices, (context or 1) * (stages or 1))
     found = [(t, rest // t) for t in range(1, rest + 1) if rest % t == left_over == 0]
     found = [(t, d) for t, d in found if tensor in (None, t) and data in (None, d)]
     if not found:

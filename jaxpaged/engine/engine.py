@@ -20,6 +20,7 @@ from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.compilation import Build, traced
 from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.grammar import Grammar, GrammarError
+from jaxpaged.engine.groups import Groups
 from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.intake import EMBEDDING, Intake, Prompt
 from jaxpaged.engine.page_map import PageInfo
@@ -77,7 +78,8 @@ class Engine:
         self.shards = make_shards(spec, self.config, self.runner, self._host if self._host.num_slots else None)
         self._intake = Intake(spec, self.config, tokenizer, self.eos_token_ids, self.max_model_len)
         self._requests: dict[str, Tracked] = {}
-        self._in_flight: InFlight | None = None
+        self._groups = [Groups(self.runner.num_stages, self.config.page_size) for _ in self.shards]
+        self._in_flight: list[InFlight | None] = [None] * self.runner.num_stages
         self._undelivered: list[RequestOutput] = []  # for whoever calls `step` next
         self._scored = count()
         self._prompt_tokens = self._generation_tokens = self._num_steps = 0
@@ -106,7 +108,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """True while `step` has something to do or to say."""
-        return bool(self._requests or self._undelivered or self._in_flight)
+        return bool(self._requests or self._undelivered or any(self._in_flight))
 
     def add_request(
         self,
@@ -212,17 +214,15 @@ class Engine:
             raise AsleepError("the engine sleeps and has no page pool; call wake_up() before step()")
         plans = self.shards.schedule()
         before = self._in_flight
-        self._in_flight = None if all(plan.is_empty for plan in plans) else self._dispatch(plans, before)
-        self._num_steps += self._in_flight is not None
+        self._in_flight = self._dispatch(plans, before)
+        self._num_steps += any(self._in_flight)
         held, wasted = self.shards.slots()
         self._slots_held += held
         self._slots_wasted += wasted
         if leaked := self.shards.num_leaked:
             log.error("%d pages are held though no sequence runs; please report this", leaked)
         outputs = self.take_aborted()
-        if before is not None:
-            outputs += self._update(self.runner.read(before))
-        return outputs
+        return outputs + self._read(before)
 
     def score(self, prompts: Seq[Prompt], completions: Seq[Prompt] | None = None) -> list[np.ndarray]:
         """log p(token | those before it) of each completion's tokens after its prompt, float32 [tokens]; without
@@ -277,9 +277,8 @@ class Engine:
         """
         if level not in (1, 2):
             raise ConfigError(f"level is {level!r}; known: 1 (drops the page pool), 2 (the weights too)")
-        if self._in_flight is not None:
-            self._undelivered += self._update(self.runner.read(self._in_flight))
-            self._in_flight = None
+        self._undelivered += self._read(self._in_flight)
+        self._in_flight = [None] * self.runner.num_stages
         self.shards.preempt_all()
         self.shards.reset_prefix_cache()
         self.runner.sleep(drop_params=level == 2)
@@ -328,22 +327,31 @@ class Engine:
             max_model_len=self.max_model_len,
         )
 
-    def _dispatch(self, plans: Seq[Plan], before: InFlight | None) -> InFlight:
-        """The step under way. One that cannot begin leaves every request as it was, to be computed anew."""
+    def _dispatch(self, plans: Seq[Plan], before: Seq[InFlight | None]) -> list[InFlight | None]:
+        """The step under way, a part for each group. One that cannot begin leaves every request as it was, to be
+        computed anew.
+        """
+        parts = [groups.split(plan) for groups, plan in zip(self._groups, plans, strict=True)]
         try:
-            return self.runner.dispatch(plans, before)
+            return [
+                None if all(plan.is_empty for plan in group) else self.runner.dispatch(group, of_before)
+                for *group, of_before in zip(*parts, before, strict=True)
+            ]
         except Exception as error:
             for shard, plan in zip(self.shards, plans, strict=True):
                 shard.scheduler.withdraw(plan)
-            self._in_flight = None
-            if before is not None:
-                self._undelivered += self._update(self.runner.read(before))
+            self._in_flight = [None] * self.runner.num_stages
+            self._undelivered += self._read(before)
             if not self.runner.has_lost_params:
                 raise
             raise ConfigError(
                 "the weights were deleted, or donated to another function, while the engine held them; "
                 "call update_params with the new arrays before the next step"
             ) from error
+
+    def _read(self, steps: Seq[InFlight | None]) -> list[RequestOutput]:
+        """Wait for a step's parts, and take what they sampled."""
+        return [output for step in steps if step is not None for output in self._update(self.runner.read(step))]
 
     def _update(self, step: InFlight) -> list[RequestOutput]:
         """Take what a finished step sampled."""

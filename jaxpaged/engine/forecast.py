@@ -23,6 +23,7 @@ from jaxpaged.model.cache import KVCache, cache_shapes, page_bytes, pool_dtype
 from jaxpaged.model.params import flatten, param_specs
 from jaxpaged.model.sharding import Placement, ShardingRules
 from jaxpaged.model.spec import Decoder
+from jaxpaged.model.stages import Stage, holders, make_stages
 
 
 class Speeds(NamedTuple):
@@ -76,17 +77,40 @@ class Forecaster:
         """`dtype` is the weights'."""
         rules = rules or ShardingRules()
         self.config, self.dtype = config, jax.numpy.dtype(dtype)
-        sizes = config.prefill_context_parallel_size, config.tensor_parallel_size
-        if sizes[0] > 1 and rules.sequence is None:
+        sizes = config.pipeline_parallel_size, config.prefill_context_parallel_size, config.tensor_parallel_size
+        if sizes[0] > 1 and rules.layers is None:
+            rules = replace(rules, layers="stage")
+        if sizes[1] > 1 and rules.sequence is None:
             rules = replace(rules, sequence="sequence")
-        axes = rules.sequence or "sequence", rules.heads or "model"
+        axes = rules.layers or "stage", rules.sequence or "sequence", rules.heads or "model"
         self.placement = Placement(AbstractMesh(sizes, axes), rules)
         self.spec = self.placement.fit(spec)
+        self.stages = make_stages(len(spec.blocks), sizes[0])
         self.cache_dtype = self.dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
 
     def fit(self, memory: int, gpu: str | None = None) -> Forecast:
-        """What lies on devices of which JAX may use so much memory. Raises ConfigError where it is too little."""
-        config, weights = self.config, self.weight_bytes()
+        """What lies on devices of which JAX may use so much memory, of pipeline stages on the fullest. Raises
+        ConfigError where it is too little.
+        """
+        config = self.config
+        num_pages = min(self._most_pages(stage, memory, gpu) for stage in self.stages)
+        fullest = max(self.stages, key=lambda stage: self._weight_bytes(stage) + self._pool_bytes(stage, num_pages))
+        weights, each = self._weight_bytes(fullest), self._pool_bytes(fullest, 1)
+        max_model_len = fitting_model_len(self.spec, config, num_pages)
+        return Forecast(
+            weight_bytes=weights,
+            page_bytes=each,
+            pool_bytes=num_pages * each,
+            free_bytes=pool_budget(memory, weights, config) - num_pages * each,
+            num_pages=num_pages,
+            num_tokens=(num_pages - 1) * config.page_size,
+            max_model_len=max_model_len,
+            num_full_seqs=(num_pages - 1) // -(-max_model_len // config.page_size),
+        )
+
+    def _most_pages(self, stage: Stage, memory: int, gpu: str | None) -> int:
+        """Pages that there is room for on a stage's devices."""
+        config, weights = self.config, self._weight_bytes(stage)
         budget = pool_budget(memory, weights, config)
         share = config.memory_utilization
         if budget <= 0:
@@ -94,85 +118,96 @@ class Forecaster:
                 f"weights take {weights:,} bytes of each device, and memory_utilization {share:g} leaves "
                 f"{budget + weights:,} of {memory:,}; take more devices, or larger ones"
             )
-        whole = page_bytes(self.spec, config.page_size, self.cache_dtype)
+        own = replace(self.spec, blocks=self.spec.blocks[stage.begin : stage.end])
+        whole = page_bytes(own, config.page_size, self.cache_dtype)
         with as_if_on("cuda", gpu):
-            fit = PoolFit(self.placement.on_one(self.spec), self.dtype, self.cache_dtype, config)
+            fit = PoolFit(self.placement.on_one(own), self.dtype, self.cache_dtype, config)
             shards = self.placement.num_shards("attention")
             most = config.num_pages or pages_within(budget, config, self.spec, whole, shards)
             num_pages = fit.check(most) if config.num_pages else fit.most(most)
-        each = self.pool_bytes(1)
+        each = self._pool_bytes(stage, 1)
         if num_pages * each > budget:
             raise ConfigError(
                 f"num_pages is {num_pages:,}, {num_pages * each:,} bytes of each device, and {budget:,} are free for "
                 f"the pool; lower it to {budget // each:,}"
             )
-        max_model_len = fitting_model_len(self.spec, config, num_pages)
-        return Forecast(
-            weight_bytes=weights,
-            page_bytes=each,
-            pool_bytes=num_pages * each,
-            free_bytes=budget - num_pages * each,
-            num_pages=num_pages,
-            num_tokens=(num_pages - 1) * config.page_size,
-            max_model_len=max_model_len,
-            num_full_seqs=(num_pages - 1) // -(-max_model_len // config.page_size),
-        )
+        return num_pages
 
     def decode_step(self, num_seqs: int, context_len: int) -> DecodeStep:
-        """A step in which so many sequences decode one token, and have `context_len` with it."""
-        products = [shape for path, shape in self._weights() if len(shape) == 2 and self._is_multiplied(path)]
-        vectors = [shape for _, shape in self._weights() if len(shape) == 1]
+        """A step in which so many sequences decode one token, and have `context_len` with it.
+
+        Of pipeline stages, the one that reads most: it reads its weights for each group of sequences.
+        """
+        steps = [self._decode_step(stage, num_seqs, context_len) for stage in self.stages]
+        return max(steps, key=lambda step: step.weight_bytes + step.kv_bytes)
+
+    def _decode_step(self, stage: Stage, num_seqs: int, context_len: int) -> DecodeStep:
+        weights = self._weights(stage)
+        products = [shape for path, shape in weights if len(shape) == 2 and self._is_multiplied(path, stage)]
+        vectors = [shape for _, shape in weights if len(shape) == 1]
         flops = 2 * num_seqs * sum(math.prod(shape) for shape in products)
         parts = self.placement.num_shards("sequence")
         kv_bytes = gathered = 0
-        pools = self._cache(1).pools
-        for block, pool in zip(self.spec.blocks, pools, strict=True):
+        pools = self._cache(stage, 1).pools
+        blocks = self.spec.blocks[stage.begin : stage.end]
+        for block, pool in zip(blocks, pools, strict=True):
             a = block.mixer
             seen = context_len if a.window is None else min(context_len, a.window)
             heads = a.heads // self.placement.num_shards("attention")
             gathered += (parts - 1) * heads * a.head_dim
             flops += 4 * num_seqs * seen * heads * a.head_dim
             kv_bytes += num_seqs * seen * _bytes(pool) // self.config.page_size
-        layers = len(self.spec.blocks)
-        sums = [("heads", layers, self.spec.dim), ("ffn", layers, self.spec.dim), ("vocab", 1, self.spec.embed_dim)]
+        layers = len(blocks)
+        sums = [("heads", layers, self.spec.dim), ("ffn", layers, self.spec.dim)]
+        sums += [("vocab", 1, self.spec.embed_dim)] if stage.is_first else []
         cut = [(self.placement.num_shards(axis), count, width) for axis, count, width in sums]
         row = num_seqs * self.dtype.itemsize
+        handed_on = 0 if stage.is_last else self.spec.dim * row
         return DecodeStep(
             num_seqs=num_seqs,
             context_len=context_len,
             flops=flops,
-            weight_bytes=sum(math.prod(shape) for shape in (*products, *vectors)) * self.dtype.itemsize,
+            weight_bytes=stage.count * sum(map(math.prod, (*products, *vectors))) * self.dtype.itemsize,
             kv_bytes=kv_bytes,
-            num_sums=sum(count for n, count, _ in cut if n > 1),
-            sum_bytes=max((width * row for n, _, width in cut if n > 1), default=0),
-            link_bytes=sum(count * 2 * (n - 1) * width * row // n for n, count, width in cut) + gathered * row,
+            num_sums=stage.count * sum(count for n, count, _ in cut if n > 1),
+            sum_bytes=max((width * row // stage.count for n, _, width in cut if n > 1), default=0),
+            link_bytes=sum(count * 2 * (n - 1) * width * row // n for n, count, width in cut)
+            + gathered * row
+            + handed_on,
         )
 
     def weight_bytes(self) -> int:
-        """Bytes of weights on each device."""
-        return sum(math.prod(shape) for _, shape in self._weights()) * int(self.dtype.itemsize)
+        """Bytes of weights on each device, of pipeline stages on those that have most."""
+        return max(map(self._weight_bytes, self.stages))
 
     def pool_bytes(self, num_pages: int) -> int:
-        """Bytes of so many pages on each device."""
-        return _bytes(self._cache(num_pages))
+        """Bytes of so many pages on each device, likewise."""
+        return max(self._pool_bytes(stage, num_pages) for stage in self.stages)
 
-    def _weights(self) -> list[tuple[str, tuple[int, ...]]]:
+    def _weight_bytes(self, stage: Stage) -> int:
+        return sum(math.prod(shape) for _, shape in self._weights(stage)) * int(self.dtype.itemsize)
+
+    def _pool_bytes(self, stage: Stage, num_pages: int) -> int:
+        return _bytes(self._cache(stage, num_pages))
+
+    def _weights(self, stage: Stage) -> list[tuple[str, tuple[int, ...]]]:
         """Each leaf's path, and the shape of a device's part."""
         found = flatten(param_specs(self.spec))
-        return [(path, self.placement.sharding(*leaf.axes).shard_shape(leaf.shape)) for path, leaf in found]
+        own = [(path, leaf) for path, leaf in found if stage.index in holders(path, self.spec, self.stages)]
+        return [(path, self.placement.sharding(*leaf.axes).shard_shape(leaf.shape)) for path, leaf in own]
 
-    def _is_multiplied(self, path: str) -> bool:
+    def _is_multiplied(self, path: str, stage: Stage) -> bool:
         """Whether a step reads all of a matrix, not only rows."""
-        return path != "positions.w" and (path != "embed.w" or self.spec.tied_head)
+        return path != "positions.w" and (path != "embed.w" or (self.spec.tied_head and stage.is_last))
 
-    def _cache(self, num_pages: int) -> KVCache:
+    def _cache(self, stage: Stage, num_pages: int) -> KVCache:
         """A device's part of the pool, in shapes."""
         whole = cache_shapes(self.spec, num_pages, self.config.page_size, self.cache_dtype).pools
 
         def part(leaf: Any, sharding: Any) -> Any:
             return jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
 
-        return KVCache(jax.tree.map(part, whole, self.placement.cache_shardings(whole)))
+        return stage.cache(KVCache(jax.tree.map(part, whole, self.placement.cache_shardings(whole))))
 
 
 def _bytes(shapes: Any) -> int:

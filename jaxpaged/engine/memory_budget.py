@@ -3,34 +3,54 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.errors import ConfigError
+from jaxpaged.model.cache import page_bytes
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
+from jaxpaged.model.stages import make_stages
 
 _CPU_POOL_BYTES = 4 << 30  # the CPU's memory is other programs' too: more must be asked for with num_pages
 _COMPILE_RESERVE = 0.02  # of a GPU's memory, for activations
 
 
-def affordable_pages(config: EngineConfig, spec: Decoder, page_bytes: int, placement: Placement | None) -> int:
-    """Pages that fit the device's free memory, and no more than all sequences at full length can use; of one data
-    shard, of which each has devices of its own.
+def affordable_pages(config: EngineConfig, spec: Decoder, dtype: Any, placement: Placement | None) -> int:
+    """Pages of `dtype` that fit the devices' free memory, and no more than all sequences at full length can use; of one
+    data shard, of which each has devices of its own. Every pipeline stage holds its layers' part of each page.
     """
-    own = jax.local_devices()
-    devices = own if placement is None else list(placement.mesh.devices.flat)
-    here = next((device for device in devices if device in own), devices[0])
+    if placement is None:
+        return _of_stage(config, spec, dtype, jax.local_devices(), 1)
+    stages = make_stages(len(spec.blocks), placement.num_shards("layers"))
+    if placement.mesh.devices.flat[0].platform == "cpu":  # whose devices are one memory
+        stages, places = make_stages(len(spec.blocks), 1), [placement]
+        shards, parts = 1, placement.num_shards("data")
+    else:
+        places, shards, parts = list(placement.stages), placement.num_shards("attention"), 1
+    return min(
+        _of_stage(config, replace(spec, blocks=spec.blocks[s.begin : s.end]), dtype, p.mesh.devices.flat, shards, parts)
+        for s, p in zip(stages, places, strict=True)
+    )
+
+
+def _of_stage(
+    config: EngineConfig, spec: Decoder, dtype: Any, devices: Iterable[jax.Device], shards: int, parts: int = 1
+) -> int:
+    """Pages of a stage's layers, each cut into `shards`, in one of `parts` of the memory of its devices."""
+    every, own = list(devices), jax.local_devices()
+    here = next((device for device in every if device in own), every[0])
     stats = here.memory_stats()
     if stats and "bytes_limit" in stats:
         budget = pool_budget(stats["bytes_limit"], stats["bytes_in_use"], config)
     else:
         budget = min(int(_free_host_memory() * config.memory_utilization), _CPU_POOL_BYTES)
-        budget //= 1 if placement is None else placement.num_shards("data")  # their devices are one memory
-    shards = 1 if placement is None or here.platform == "cpu" else placement.num_shards("attention")
-    return pages_within(budget, config, spec, page_bytes, shards)
+    return pages_within(budget // parts, config, spec, page_bytes(spec, config.page_size, dtype), shards)
 
 
 def pool_budget(memory: int, in_use: int, config: EngineConfig) -> int:
@@ -38,19 +58,19 @@ def pool_budget(memory: int, in_use: int, config: EngineConfig) -> int:
     return int(memory * (config.memory_utilization - _COMPILE_RESERVE)) - in_use
 
 
-def pages_within(budget: int, config: EngineConfig, spec: Decoder, page_bytes: int, shards: int) -> int:
+def pages_within(budget: int, config: EngineConfig, spec: Decoder, bytes_each: int, shards: int) -> int:
     """Pages, each cut into so many shards, that fit these bytes of a device, and no more than are of use."""
     useful = config.max_num_seqs * -(-(config.max_model_len or spec.max_positions) // config.page_size) + 1
-    affordable = max(budget, 0) * shards // page_bytes
+    affordable = max(budget, 0) * shards // bytes_each
     if affordable < 2:
         raise ConfigError(
-            f"a page takes {page_bytes:,} bytes but {max(budget, 0):,} are free for the pool; "
+            f"a page takes {bytes_each:,} bytes but {max(budget, 0):,} are free for the pool; "
             "raise memory_utilization, or free memory"
         )
     return int(min(affordable, useful))
 
 
-def host_pages(config: EngineConfig, page_bytes: int) -> int:
+def host_pages(config: EngineConfig, bytes_each: int) -> int:
     """Pages that fit the memory of the host's share. Raises ConfigError where none does, or it is not there."""
     wanted, free = int(config.host_cache_gb * 2**30), _free_host_memory()
     if wanted > free:
@@ -58,12 +78,12 @@ def host_pages(config: EngineConfig, page_bytes: int) -> int:
             f"host_cache_gb is {config.host_cache_gb:g} but {free / 2**30:.1f} GiB of the host's memory are free; "
             "lower it"
         )
-    if 0 < wanted < page_bytes:
+    if 0 < wanted < bytes_each:
         raise ConfigError(
-            f"host_cache_gb is {config.host_cache_gb:g}, {wanted:,} bytes, but a page takes {page_bytes:,}; "
+            f"host_cache_gb is {config.host_cache_gb:g}, {wanted:,} bytes, but a page takes {bytes_each:,}; "
             "raise it, or set it to 0"
         )
-    return wanted // page_bytes
+    return wanted // bytes_each
 
 
 def fitting_model_len(spec: Decoder, config: EngineConfig, num_pages: int) -> int:

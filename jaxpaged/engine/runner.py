@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from jaxpaged.engine.relay import SLEEP, WAKE, Relay, least, make_relay
 from jaxpaged.engine.request import Sequence as TokenSequence
 from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.engine.stacking import stack, stack_found, stack_pieces
+from jaxpaged.engine.staged_functions import StagedFunctions
 from jaxpaged.engine.step_functions import StepFunctions, as_shape
 from jaxpaged.engine.weights import Layout
 from jaxpaged.errors import ConfigError
@@ -127,7 +129,7 @@ class Runner:
         self.num_pages = num_pages = (
             fit.check(config.num_pages)
             if config.num_pages
-            else least(fit.most(affordable_pages(config, self.spec, self.page_bytes, placement)), placement)
+            else least(fit.most(affordable_pages(config, self.spec, dtype, placement)), placement)
         )
         self.max_model_len = fitting_model_len(spec, config, num_pages)
         self.max_pages = -(-self.max_model_len // config.page_size)
@@ -149,18 +151,18 @@ class Runner:
         self._compiler = Compiler()
         same = self.spec, num_pages, self.buckets, self.max_model_len, config.page_size, dtype, config.attention_backend
         self._relay = make_relay(placement, repr(same), config)
-        self.functions = StepFunctions(
-            spec,
-            self.params,
-            self.cache,
-            config,
-            self.buckets,
-            max_pages=self.max_pages,
-            compiler=self._compiler,
-            placement=placement,
-            build=build,
-            relay=self._relay,
-        )
+        how: dict[str, Any] = {
+            "dtype": params["embed"]["w"].dtype,
+            "max_pages": self.max_pages,
+            "compiler": self._compiler,
+            "placement": placement,
+            "build": build,
+            "relay": self._relay,
+        }
+        make = partial(StepFunctions, spec=spec, config=config, buckets=self.buckets)
+        self.num_stages = 1 if placement is None else placement.num_shards("layers")
+        functions = make if self.num_stages == 1 else partial(StagedFunctions, make)
+        self.functions: StepFunctions | StagedFunctions = functions(params=self.params, cache=self.cache, **how)
         self._nothing_sampled: Any = np.zeros(self.num_shards * self.functions.max_rows, np.int32)
         self.processors = Processors(self._compiler, spec.vocab_size)
         use_compilation_cache(config.compilation_cache_dir)
@@ -224,7 +226,7 @@ class Runner:
 
     def follow(self) -> None:
         """Do what process 0's runner does, until it ends."""
-        if self._relay is None:
+        if self._relay is None or isinstance(self.functions, StagedFunctions):  # which `make_relay` refuses
             raise ConfigError(
                 f"the model lies on devices of one process, of {jax.process_count()}; give a mesh over the devices of "
                 "all, or tensor_parallel_size"

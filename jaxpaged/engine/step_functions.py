@@ -27,7 +27,8 @@ from jaxpaged.model.params import Params
 from jaxpaged.model.sampling import Edits, Logprobs, Sampled, SamplingInputs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
-from jaxpaged.model.step import ForwardOutputs, StepInputs, forward
+from jaxpaged.model.stages import Stage
+from jaxpaged.model.step import ForwardOutputs, StepInputs, forward, forward_stage
 
 _ALWAYS_TRACED = ("read_pages", "write_pages", "sum_hidden")  # they know nothing of the model, and are small
 _RELAYED = (
@@ -48,16 +49,21 @@ class StepFunctions:
         config: EngineConfig,
         buckets: Sequence[Bucket],
         *,
+        dtype: Any,
         max_pages: int,
         compiler: Compiler,
         placement: Placement | None = None,
         build: Build = traced,
         relay: Relay | None = None,
+        stage: Stage | None = None,
     ) -> None:
-        """Of `params` and `cache`, arrays or shapes, only shapes and places are looked at. With a `relay` a call is
-        made in all processes.
+        """Of `params` and `cache`, arrays or shapes, only shapes and places are looked at; `dtype` is that of hidden
+        states. With a `relay` a call is made in all processes. The functions of a `stage` are for its part of params
+        and cache, and the placement is its own.
         """
         self.spec = spec
+        self.stage = stage
+        self.dtype = dtype
         self.params, self.cache = jax.tree.map(as_shape, (params, cache))
         self.buckets = buckets
         self.max_rows = max(bucket.num_rows for bucket in buckets)
@@ -80,9 +86,15 @@ class StepFunctions:
                 jobs.append(partial(self.prompt_logprobs, bucket.num_tokens))
         for rows in {bucket.num_rows for bucket in self.buckets}:
             jobs += [partial(f, rows) for f in (self.sample, self.logprobs, self.edit, self.restrict)]
-        jobs += [self.scrub, self.copy_pages]
-        jobs += [self.read_pages, self.write_pages] if self.moves_pages else []
-        return jobs
+        return jobs + self._page_jobs()
+
+    def layer_jobs(self) -> list[Callable[[], object]]:
+        """Those of `jobs` that a stage needs which is not the last one."""
+        return [partial(self.forward, bucket) for bucket in reversed(self.buckets)] + self._page_jobs()
+
+    def _page_jobs(self) -> list[Callable[[], object]]:
+        moves = [self.read_pages, self.write_pages] if self.moves_pages else []
+        return [self.scrub, self.copy_pages, *moves]
 
     def _compile(self, key: tuple[str, int | Bucket], jitted: Jitted, *shapes: Any) -> Callable[..., Any]:
         """The function compiled for these shapes, now or before."""
@@ -90,7 +102,8 @@ class StepFunctions:
         sizes = size if isinstance(size, Bucket) else (size,)
         build = traced if name in _ALWAYS_TRACED else self._build
         shapes = jax.tree.map(self._on_mesh, shapes)
-        compiled = self._compiler.get((name, sizes), build, jitted, shapes)
+        of = () if self.stage is None else (f"stage {self.stage.index}",)
+        compiled = self._compiler.get((name, (*sizes, *of)), build, jitted, shapes)
         if self._relay is None:
             return compiled
         return Function(self._relay, _RELAYED.index(name), sizes, compiled, shapes)
@@ -139,12 +152,18 @@ class StepFunctions:
     def _cache_shardings(self) -> Any:
         return jax.tree.map(lambda leaf: leaf.sharding, self.cache)
 
-    def forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, ForwardOutputs]]:
-        """forward(params, cache, inputs, fed): the model on a step's tokens; `fed` are what the step before sampled."""
-        step = partial(forward, spec=self.spec, attention_backend=self.attention_backend, placement=self.placement)
-        step = partial(step, batch_invariant=self.batch_invariant)
-        outputs = (self._cache_shardings, ForwardOutputs(self._cut_logits, self._rows))
-        function = self._jit(step, outputs, donate=1, whole=(0,))
+    def forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, Any]]:
+        """forward(params, cache, inputs, fed): the model on a step's tokens; `fed` are what the step before sampled, or
+        what the stage before gave.
+        """
+        step: Any = partial(forward, batch_invariant=self.batch_invariant)
+        given, given_out = _shape(self.max_rows), ForwardOutputs(self._cut_logits, self._rows)
+        if self.stage is not None:
+            step = partial(forward_stage, stage=self.stage)
+            given = given if self.stage.is_first else self.carried(bucket)
+            given_out = given_out if self.stage.is_last else self.carried(bucket).sharding
+        step = partial(step, spec=self.spec, attention_backend=self.attention_backend, placement=self.placement)
+        function = self._jit(step, (self._cache_shardings, given_out), donate=1, whole=(0,))
         tokens, rows = bucket.num_tokens, bucket.num_rows
         inputs = StepInputs(
             token_ids=_shape(tokens),
@@ -157,7 +176,14 @@ class StepFunctions:
             cu_q_lens=_shape(bucket.num_chunks + 1),
             logit_rows=_shape(rows),
         )
-        return self._compile(("forward", bucket), function, self.params, self.cache, inputs, _shape(self.max_rows))
+        return self._compile(("forward", bucket), function, self.params, self.cache, inputs, given)
+
+    def carried(self, bucket: Bucket) -> Any:
+        """What one stage hands to the next, and where it lies there."""
+        rows = "tokens" if bucket.num_chunks else "data"
+        sharding = None if self.placement is None else self.placement.sharding(rows)
+        shape = self.num_shards * bucket.num_tokens, self.spec.dim
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
 
     def sample(self, rows: int) -> Callable[..., Sampled]:
         """sample(logits, inputs): a token a row. Of several data shards, each also takes the inputs of all."""
@@ -220,7 +246,7 @@ class StepFunctions:
         return self._compile(("sum_hidden", bucket), self._jit(summed, self._rows), *shapes)
 
     def _hidden(self, tokens: int) -> Any:
-        return jax.ShapeDtypeStruct((tokens, self.spec.dim), self.params["embed"]["w"].dtype)
+        return jax.ShapeDtypeStruct((tokens, self.spec.dim), self.dtype)
 
     def scrub(self) -> Callable[..., KVCache]:
         """scrub(cache, pages): the cache with pages zeroed."""

@@ -1,8 +1,9 @@
 """The decoder: one function that computes whatever a `Decoder` spec describes.
 
-`hidden_states` is the whole model but its head. It does not know where keys and values live: `attend(kv, q, k, v, ...)`
-gets and gives back a layer's `kv`, a pool in the paged step (`step.py`), nothing in the dense form below. Layers run
-unrolled: a scan would copy every layer's weights and pool (see docs/architecture.md). Equal blocks are traced once.
+`hidden_states` is the whole model but its head: `embed`, `through_layers` and `last_norm`, of which a pipeline stage
+calls what it holds. None knows where keys and values live: `attend(kv, q, k, v, ...)` gets and gives back a layer's
+`kv`, a pool in the paged step (`step.py`), nothing in the dense form below. Layers run unrolled: a scan would copy
+every layer's weights and pool (see docs/architecture.md). Equal blocks are traced once.
 """
 
 from __future__ import annotations
@@ -44,22 +45,49 @@ def hidden_states(
     `rope_lens` is the length by which length-dependent rope scalings go: see `spec.DynamicNtkScaling`. `remat` has
     gradients compute every layer again from its input rather than keep what is inside it.
     """
-    x = params["embed"]["w"][tokens]
+    x = embed(params, tokens, positions, spec)
+    x, kvs = through_layers(params["layers"], x, positions, rope_lens, spec.blocks, kvs, attend, remat=remat)
+    return last_norm(params, x, spec), kvs
+
+
+def embed(params: Params, tokens: Int[Array, " T"], positions: Int[Array, " T"], spec: Decoder) -> Float[Array, "T M"]:
+    """The first layer's input."""
+    x: Array = params["embed"]["w"][tokens]
     if spec.embed_scale != 1.0:
         x = x * jnp.asarray(spec.embed_scale, x.dtype)
     if "project_in" in params:
         x = linear(x, params["project_in"])
     if spec.learned_positions is not None:
         x = x + params["positions"]["w"][positions + spec.learned_positions]
-    ropes = {b.mixer.rope for b in spec.blocks if b.mixer.rope is not None}
+    return x
+
+
+def through_layers(
+    layers: Sequence[Params],
+    x: Float[Array, "T M"],
+    positions: Int[Array, " T"],
+    rope_lens: Int[Array, " T"],
+    blocks: Sequence[Block],
+    kvs: Sequence[Any],
+    attend: Attend,
+    *,
+    remat: bool = False,
+) -> tuple[Float[Array, "T M"], tuple[Any, ...]]:
+    """What these layers make of `x`, and their `kvs`; arguments as of `hidden_states`."""
+    ropes = {b.mixer.rope for b in blocks if b.mixer.rope is not None}
     tables = {rope: rope_table(rope, positions, rope_lens) for rope in ropes}
     outer = jax.checkpoint if remat else jax.jit
-    layer = {block: outer(partial(_layer, block=block, tables=tables, attend=attend)) for block in set(spec.blocks)}
+    layer = {block: outer(partial(_layer, block=block, tables=tables, attend=attend)) for block in set(blocks)}
     new_kvs = []
-    for block, p, kv in zip(spec.blocks, params["layers"], kvs, strict=True):
+    for block, p, kv in zip(blocks, layers, kvs, strict=True):
         x, kv = layer[block](x, p, kv)
         new_kvs.append(kv)
-    return x if spec.norm is None else normalize(x, params["norm"], spec.norm), tuple(new_kvs)
+    return x, tuple(new_kvs)
+
+
+def last_norm(params: Params, x: Float[Array, "T M"], spec: Decoder) -> Float[Array, "T M"]:
+    """The last layer's output after the last norm, where there is one."""
+    return x if spec.norm is None else normalize(x, params["norm"], spec.norm)
 
 
 def logits(params: Params, hidden: Float[Array, "T M"], spec: Decoder) -> Float[Array, "T V"]:

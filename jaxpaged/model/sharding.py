@@ -11,6 +11,9 @@ if there were no other, so that nothing can move between them.
 Context parallelism: where a step computes prompts, its tokens, the rows of every product, are cut. Attention alone
 needs others' keys: for it an all-to-all makes heads of rows, and another makes rows of heads after it. So pages are cut
 by heads along that axis too, none is held twice, and all devices attend to as much, wherever their rows are.
+
+Pipeline stages: runs of layers lie on parts of the mesh, each with the other axes, their weights and pools with them
+(`stages.py`). A stage's step is a program of its own, on its own part, and hidden states go from one to the next.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +32,7 @@ from jaxpaged.errors import ConfigError
 from jaxpaged.model.head_layout import fit_heads, fit_leaf, fitted_axes
 from jaxpaged.model.params import Params, ParamSpec, ReadPart, flatten, map_specs, param_specs
 from jaxpaged.model.spec import Decoder
+from jaxpaged.model.stages import holders, make_stages
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class ShardingRules:
     sequence          the tokens of a step that computes prompts, as rows of every product; attention and pages have
                       heads cut along it instead (besides `heads`), so that rows become heads before it and rows after.
                       Every part has all weights that no other axis cuts
+    layers            the layers, in order: each part of the mesh along it has a run of them, with their pools. Only
+                      rows of hidden states pass from one to the next, so the links between may be slow
 
     A mesh axis that no rule names holds copies.
     """
@@ -55,11 +62,14 @@ class ShardingRules:
     embed: str | None = None
     data: str | None = None
     sequence: str | None = None
+    layers: str | None = None
 
     @classmethod
-    def on(cls, axis: str | None, *, data: str | None = None, sequence: str | None = None) -> ShardingRules:
+    def on(
+        cls, axis: str | None, *, data: str | None = None, sequence: str | None = None, layers: str | None = None
+    ) -> ShardingRules:
         """The usual rules along a mesh axis of another name than "model"; None: each data shard has all of a layer."""
-        return cls(heads=axis, kv_heads=axis, ffn=axis, vocab=axis, data=data, sequence=sequence)
+        return cls(heads=axis, kv_heads=axis, ffn=axis, vocab=axis, data=data, sequence=sequence, layers=layers)
 
     @property
     def by_axis(self) -> Mapping[str | None, str | None]:
@@ -92,18 +102,40 @@ class Placement:
                 f"the sharding rules cut heads along {rules.heads!r} but kv_heads along {rules.kv_heads!r}; "
                 "a query head must lie where its kv head does: name one axis for both"
             )
-        for name, axis in (("data", rules.data), ("sequence", rules.sequence)):
+        for name, axis in (("data", rules.data), ("sequence", rules.sequence), ("layers", rules.layers)):
             shared = [str(other) for other, its in rules.by_axis.items() if its == axis and other != name]
             if axis is not None and shared:
+                why = "every part has layers of its own" if name == "layers" else "every device has all the weights"
                 raise ConfigError(
                     f"the sharding rules cut {name} and {', '.join(shared)} along mesh axis {axis!r}; along the axis "
-                    f"of {name} every device has all the weights: name another one for {name}"
+                    f"of {name} {why}: name another one for {name}"
                 )
         # The partitioner decides what no rule says, whatever the caller's own program leaves to it.
         auto = (AxisType.Auto,) * len(names)
         is_abstract = isinstance(self.mesh, AbstractMesh)
         mesh = self.mesh.update(axis_types=auto) if is_abstract else Mesh(self.mesh.devices, names, axis_types=auto)
         object.__setattr__(self, "mesh", mesh)
+
+    @property
+    def stages(self) -> tuple[Placement, ...]:
+        """Where each pipeline stage lies: its part of the mesh, by rules without `layers`. One stage: all of it."""
+        return tuple(self._on_stages([index]) for index in range(self.num_shards("layers")))
+
+    def _on_stages(self, indices: Sequence[int]) -> Placement:
+        """These stages' part of the mesh; along the axis of the layers lie copies."""
+        if (axis := self.rules.layers) is None:
+            return self
+        at, names, rules = self.mesh.axis_names.index(axis), self.mesh.axis_names, replace(self.rules, layers=None)
+        if isinstance(self.mesh, AbstractMesh):
+            sizes = (*self.mesh.axis_sizes[:at], len(indices), *self.mesh.axis_sizes[at + 1 :])
+            return Placement(AbstractMesh(sizes, names), rules)
+        return Placement(Mesh(np.take(self.mesh.devices, indices, axis=at), names), rules)
+
+    def of_leaf(self, path: str, spec: Decoder) -> Placement:
+        """Where the leaf at this path of the weights lies: on its stages' part of the mesh."""
+        if self.rules.layers is None:
+            return self
+        return self._on_stages(holders(path, spec, make_stages(len(spec.blocks), self.num_shards("layers"))))
 
     def num_shards(self, logical: str) -> int:
         """Into how many parts this logical axis is cut."""
@@ -123,9 +155,10 @@ class Placement:
 
     def _axes(self, logical: str) -> tuple[str, ...]:
         """The mesh axes that a logical one is cut along. That of "attention" is heads as they attend, and as pages hold
-        them: what a device has of the weights' heads, cut once more along the sequence's axis.
+        them: what a device has of the weights' heads, cut once more along the sequence's axis. That of "tokens" is the
+        rows of all data shards.
         """
-        cut = ("heads", "sequence") if logical == "attention" else (logical,)
+        cut = {"attention": ("heads", "sequence"), "tokens": ("data", "sequence")}.get(logical, (logical,))
         return tuple(axis for name in cut if (axis := self.rules.by_axis[name]) is not None)
 
     def constrain(self, array: jax.Array, *logical: str | None) -> jax.Array:
@@ -143,8 +176,9 @@ class Placement:
     def fit(self, spec: Decoder) -> Decoder:
         """The spec of what the devices compute: `spec` with as many heads as they can share equally.
 
-        Raises ConfigError where ffn or vocabulary cannot be shared.
+        Raises ConfigError where ffn or vocabulary cannot be shared, or there are more stages than layers.
         """
+        make_stages(len(spec.blocks), self.num_shards("layers"))
         fitted = fit_heads(spec, self.num_shards("attention"))
         for path, leaf in flatten(param_specs(fitted)):
             self.partition(*leaf.axes)
@@ -171,10 +205,11 @@ class Placement:
         def put(path: str, leaf: ParamSpec) -> Any:
             array: Any = given[path]
             if isinstance(array, jax.ShapeDtypeStruct):
-                return jax.ShapeDtypeStruct(want[path].shape, array.dtype, sharding=self.sharding(*leaf.axes))
+                sharding = self.of_leaf(path, spec).sharding(*leaf.axes)
+                return jax.ShapeDtypeStruct(want[path].shape, array.dtype, sharding=sharding)
             if np.shape(array) != want[path].shape:
                 array = fit_leaf(array, path, spec, self.num_shards("attention"))
-            return self._put(array, leaf)
+            return _put(array, self.of_leaf(path, spec).sharding(*leaf.axes))
 
         return map_specs(put, spec)
 
@@ -187,7 +222,7 @@ class Placement:
         want = dict(flatten(param_specs(self.fit(spec))))
 
         def put(path: str, leaf: ParamSpec, read: ReadPart) -> jax.Array:
-            shape, sharding = want[path].shape, self.sharding(*leaf.axes)
+            shape, sharding = want[path].shape, self.of_leaf(path, spec).sharding(*leaf.axes)
             axes = fitted_axes(path, spec, self.num_shards("attention"))
             here = sharding.addressable_devices_indices_map(shape).values()
             needed = []
@@ -203,9 +238,15 @@ class Placement:
         """How every leaf of one data shard's pools is cut: kv heads are axis 3 of pages and scales."""
         return jax.tree.map(lambda leaf: self.partition(*(None, None, None, "attention", None)[: leaf.ndim]), pools)
 
-    def cache_shardings(self, pools: Any) -> Any:
-        """Where the leaves of all shards' pools lie, whose pages are end to end."""
-        return jax.tree.map(lambda leaf: self.sharding(*("data", None, None, "attention", None)[: leaf.ndim]), pools)
+    def cache_shardings(self, pools: Sequence[Any]) -> tuple[Any, ...]:
+        """Where the leaves of all shards' pools lie, one pool for each layer, whose pages are end to end."""
+        stages = zip(make_stages(len(pools), self.num_shards("layers")), self.stages, strict=True)
+        where = [placement for stage, placement in stages for _ in range(stage.begin, stage.end)]
+
+        def of(leaf: Any, placement: Placement) -> NamedSharding:
+            return placement.sharding(*("data", None, None, "attention", None)[: leaf.ndim])
+
+        return tuple(jax.tree.map(partial(of, placement=p), pool) for p, pool in zip(where, pools, strict=True))
 
     def over_data(self, function: Callable[..., Any], whole: Collection[int] = ()) -> Callable[..., Any]:
         """`function` of one data shard's arrays as one of all shards', end to end along each array's first axis.
@@ -241,13 +282,6 @@ class Placement:
         )
         return mapped  # type: ignore[no-any-return]
 
-    def _put(self, array: Any, leaf: ParamSpec) -> jax.Array:
-        sharding = self.sharding(*leaf.axes)
-        if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
-            return array
-        placed: jax.Array = jax.device_put(array, sharding)
-        return placed
-
     def _indivisible(self, path: str, logical: str, size: int) -> str:
         count, axis = self.num_shards(logical), self.rules.by_axis[logical]
         below = next(n for n in range(count, 0, -1) if size % n == 0)
@@ -256,6 +290,13 @@ class Placement:
             f"{logical} is {size:,} ({path}), which the {count} devices of mesh axis {axis!r} cannot share equally; "
             f"take {below} or {above} devices, or keep it whole with ShardingRules({logical}=None)"
         )
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
+        return array
+    placed: jax.Array = jax.device_put(array, sharding)
+    return placed
 
 
 def _part(
@@ -270,11 +311,14 @@ def _part(
     return part
 
 
-def parallel(tensor: int = 1, data: int = 1, sequence: int = 1, rules: ShardingRules | None = None) -> Placement:
-    """A mesh of the first `data` x `sequence` x `tensor` devices. Raises ConfigError where there are fewer."""
+def parallel(
+    tensor: int = 1, data: int = 1, sequence: int = 1, layers: int = 1, *, rules: ShardingRules | None = None
+) -> Placement:
+    """A mesh of the first `layers` x `data` x `sequence` x `tensor` devices. ConfigError where there are fewer."""
     devices = jax.devices()
-    if not 1 <= (needed := data * sequence * tensor) <= len(devices):
+    if not 1 <= (needed := layers * data * sequence * tensor) <= len(devices):
         sizes = {"tensor_parallel_size": tensor, "data_parallel_size": data, "prefill_context_parallel_size": sequence}
+        sizes["pipeline_parallel_size"] = layers
         (name, size), *others = [(name, size) for name, size in sizes.items() if size > 1]
         asked = f"{name} is {size}" + "".join(f" and {other} {n}" for other, n in others)
         asked += f", {needed} devices together," if others else ""
@@ -284,9 +328,17 @@ def parallel(tensor: int = 1, data: int = 1, sequence: int = 1, rules: ShardingR
             + "".join(f", or {other}" for other, _ in others)
         )
     rules = rules or ShardingRules()
-    if data > 1 and rules.data is None:
-        rules = replace(rules, data="data")
-    if sequence > 1 and rules.sequence is None:
-        rules = replace(rules, sequence="sequence")
-    axes = {rules.data or "data": data, rules.sequence or "sequence": sequence, rules.heads or "model": tensor}
+    for logical, size, axis in (
+        ("layers", layers, "stage"),
+        ("data", data, "data"),
+        ("sequence", sequence, "sequence"),
+    ):
+        if size > 1 and getattr(rules, logical) is None:
+            rules = replace(rules, **{logical: axis})
+    axes = {
+        rules.layers or "stage": layers,  # outermost: its links may be the slowest
+        rules.data or "data": data,
+        rules.sequence or "sequence": sequence,
+        rules.heads or "model": tensor,
+    }
     return Placement(Mesh(np.asarray(devices[:needed]).reshape(tuple(axes.values())), tuple(axes)), rules)

@@ -6,6 +6,7 @@ counts are told by shapes (D = S - E, E = len(cu_q_lens) - 1), so a bucket is no
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ from jaxpaged.kernels.paged_attention import Backend, paged_attention, ragged_pa
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model.blocks import carry_blocks, in_blocks
 from jaxpaged.model.cache import KVCache, Pool
-from jaxpaged.model.decoder import hidden_states, logits
+from jaxpaged.model.decoder import embed, hidden_states, last_norm, logits, through_layers
 from jaxpaged.model.params import Params
 from jaxpaged.model.sharding import Placement
-from jaxpaged.model.spec import Attention, Decoder
+from jaxpaged.model.spec import Attention, Block, Decoder
+from jaxpaged.model.stages import Stage
 
 
 class StepInputs(NamedTuple):
@@ -62,17 +64,76 @@ def forward(
     static. With `batch_invariant` a token's numbers depend on the tokens before it alone; with a placement params and
     cache lie on its mesh, and each device attends with its heads; where it cuts data, this is one shard's step.
     """
-    fed = sampled[jnp.clip(inputs.feedback, 0, sampled.shape[0] - 1)]
-    tokens = jnp.where(inputs.feedback >= 0, fed, inputs.token_ids)
     if batch_invariant:
-        return _forward_in_blocks(params, cache, inputs, tokens, spec, attention_backend)
-    num_decode = inputs.kv_lens.shape[0] - (inputs.cu_q_lens.shape[0] - 1)
-    num_tokens = inputs.token_ids.shape[0]
+        return _forward_in_blocks(params, cache, inputs, _known(inputs, sampled), spec, attention_backend)
+    x = _embedded(params, inputs, sampled, spec, placement)
+    x, cache = _through(params["layers"], cache, inputs, x, spec.blocks, attention_backend, placement)
+    return cache, _outputs(params, x, inputs, spec)
+
+
+def forward_stage(
+    params: Params,
+    cache: KVCache,
+    inputs: StepInputs,
+    carried: Array,
+    spec: Decoder,
+    stage: Stage,
+    attention_backend: Backend = "auto",
+    placement: Placement | None = None,
+) -> tuple[KVCache, Any]:
+    """One pipeline stage's part of `forward`: the cache of its layers, and what it hands on.
+
+    `params` and `cache` are `stage.params(...)` and `stage.cache(...)`. The first stage is given what the step before
+    sampled and the others what the one before them gives, [T, M]; the last one gives `ForwardOutputs`.
+    """
+    x = _embedded(params, inputs, carried, spec, placement) if stage.is_first else carried
+    blocks = spec.blocks[stage.begin : stage.end]
+    x, cache = _through(params["layers"], cache, inputs, x, blocks, attention_backend, placement)
+    return cache, _outputs(params, x, inputs, spec) if stage.is_last else x
+
+
+def _known(inputs: StepInputs, sampled: Int[Array, " R_before"]) -> Int[Array, " T"]:
+    """The step's tokens, those of the step before among them."""
+    fed = sampled[jnp.clip(inputs.feedback, 0, sampled.shape[0] - 1)]
+    return jnp.where(inputs.feedback >= 0, fed, inputs.token_ids)
+
+
+def _cut_rows(inputs: StepInputs, placement: Placement | None) -> Callable[..., Array]:
+    """cut(x, *logical): x with rows as they are cut in this step, its other axes as said."""
     # A step that only decodes has few rows: to split them would take longer than it saves.
-    rows = "sequence" if num_decode < num_tokens else None
+    rows = "sequence" if inputs.cu_q_lens.shape[0] > 1 else None
 
     def cut(x: Array, *logical: str | None) -> Array:
-        return x if placement is None else placement.constrain(x, *logical)
+        return x if placement is None else placement.constrain(x, rows, *logical)
+
+    return cut
+
+
+def _embedded(
+    params: Params, inputs: StepInputs, sampled: Int[Array, " R_before"], spec: Decoder, placement: Placement | None
+) -> Float[Array, "T M"]:
+    cut = _cut_rows(inputs, placement)
+    return embed(params, cut(_known(inputs, sampled)), cut(inputs.positions), spec)
+
+
+def _outputs(params: Params, x: Float[Array, "T M"], inputs: StepInputs, spec: Decoder) -> ForwardOutputs:
+    hidden = last_norm(params, x, spec)
+    return ForwardOutputs(logits(params, hidden[inputs.logit_rows], spec), hidden)
+
+
+def _through(
+    layers: Sequence[Params],
+    cache: KVCache,
+    inputs: StepInputs,
+    x: Float[Array, "T M"],
+    blocks: Sequence[Block],
+    attention_backend: Backend,
+    placement: Placement | None,
+) -> tuple[Float[Array, "T M"], KVCache]:
+    """These layers over the pages of `cache`, one pool for each."""
+    num_decode = inputs.kv_lens.shape[0] - (inputs.cu_q_lens.shape[0] - 1)
+    num_tokens = inputs.token_ids.shape[0]
+    cut = _cut_rows(inputs, placement)
 
     def attend(pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Pool]:
         if placement is None:
@@ -84,9 +145,9 @@ def forward(
             in_specs=(pools, heads, heads, heads, placement.partition("attention"), placement.partition()),
             out_specs=(heads, pools),
         )
-        q, k, v = cut(q, rows, "heads", None), cut(k, rows, "kv_heads", None), cut(v, rows, "kv_heads", None)
+        q, k, v = cut(q, "heads", None), cut(k, "kv_heads", None), cut(v, "kv_heads", None)
         out, pool = here(pool, q, k, v, sinks, inputs)
-        return cut(out, rows, "heads", None), pool
+        return cut(out, "heads", None), pool
 
     def attend_here(
         pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None, inputs: StepInputs
@@ -103,9 +164,8 @@ def forward(
             parts.append(ragged_paged_attention(*chunks, **options))
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0], pool
 
-    tokens, positions, rope_lens = (cut(x, rows) for x in (tokens, inputs.positions, inputs.rope_lens))
-    hidden, pools = hidden_states(params, tokens, positions, rope_lens, spec, cache.pools, attend)
-    return KVCache(pools), ForwardOutputs(logits(params, hidden[inputs.logit_rows], spec), hidden)
+    x, pools = through_layers(layers, x, cut(inputs.positions), cut(inputs.rope_lens), blocks, cache.pools, attend)
+    return x, KVCache(pools)
 
 
 class _Rows(NamedTuple):
