@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -269,6 +270,49 @@ def raw(server, *pieces, once=False):
         except OSError:
             pass
         return received
+
+
+def test_bodies_together_are_bounded_and_short_ones_always_come_in(server, right):
+    room, piece = server.app._room, b" " * (1 << 20)
+
+    async def one(is_given, size, end):
+        """A body that waits, all but its end, until that is asked for: the status of its answer."""
+        answers, pieces = [], [piece] * size
+
+        async def receive():
+            if pieces:
+                return {"type": "http.request", "body": pieces.pop(), "more_body": True}
+            waits_for = asyncio.Event() if is_given.is_set() else end  # nobody goes away
+            is_given.set()
+            await waits_for.wait()
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            is_given.set()
+            answers.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": []}
+        await server.app(scope, receive, send)
+        return answers[0]["status"], answers[1]["body"]
+
+    async def many():
+        end, given = asyncio.Event(), [asyncio.Event() for _ in range(100)]
+        tasks = [asyncio.create_task(one(is_given, 7, end)) for is_given in given]
+        for is_given in given:
+            await is_given.wait()
+        assert 0 <= room.left < 7 << 20
+        served = await asyncio.to_thread(lambda: server.post(COMPLETIONS, **GREEDY))
+        refused = await asyncio.to_thread(lambda: server.post(COMPLETIONS, user="x" * (7 << 20), **GREEDY))
+        end.set()
+        return served, refused, await asyncio.gather(*tasks)
+
+    served, refused, answers = asyncio.run(many())
+    assert served.json()["choices"][0]["text"] == right
+    assert refused.status_code == 429 and refused.headers["retry-after"] and "bodies of 64 MB" in refused.text
+    assert [status for status, _ in answers].count(415) == 9, "as many as there was room for came in whole"
+    assert [status for status, _ in answers].count(429) == 91
+    assert room.left == room.size
+    assert server.post(COMPLETIONS, user="x" * (7 << 20), **GREEDY).status_code == 200
 
 
 def test_announced_size_is_enough_to_refuse(server):

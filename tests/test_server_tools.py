@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.responses import Response
 from running_server import running
 from tiny_chat_model import write_chat_model
@@ -93,15 +94,53 @@ def test_a_call_in_the_models_own_format(client, saying):
     assert json.loads(call.function.arguments) == {"city": "Bern", "days": 2}
 
 
-def test_streamed_calls_come_whole_and_text_before_them_at_once(client, saying):
-    text = TEXT + '\n<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
-    with saying(text):
-        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(tools=TOOLS, stream=True, **CALL)]
-    calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
-    assert [(call.index, call.function.name) for call in calls] == [(0, "weather"), (1, "clock")]
-    assert len({call.id for call in calls}) == 2
-    assert "".join(chunk.delta.content or "" for chunk in chunks) == "Well.\n"
-    assert chunks[-1].finish_reason == "tool_calls"
+def gathered(chunks):
+    """What OpenAI's client makes of a stream."""
+    state = ChatCompletionStreamState()
+    for chunk in chunks:
+        state.handle_chunk(chunk)
+    (choice,) = state.current_completion_snapshot.choices
+    return choice
+
+
+def said(choice):
+    calls = [(call.type, call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
+    return choice.finish_reason, choice.message.content or None, calls
+
+
+def test_streamed_arguments_come_as_they_are_written_and_add_up_to_the_whole_call(client, saying):
+    with saying(TEXT + '\n<tool_call>{"name": "clock", "arguments": {}}</tool_call>'):
+        chunks = list(client.chat.completions.create(tools=TOOLS, stream=True, **CALL))
+        (whole,) = client.chat.completions.create(tools=TOOLS, **CALL).choices
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    opening = [call for call in deltas if call.id is not None]
+    assert [(c.index, c.type, c.function.name) for c in opening] == [
+        (0, "function", "weather"),
+        (1, "function", "clock"),
+    ]
+    assert len({call.id for call in opening}) == 2
+    more = [call for call in deltas if call.id is None]
+    assert len([call for call in more if call.index == 0]) > 5
+    assert not any(call.type or call.function.name for call in more)
+    assert said(gathered(chunks)) == said(whole)
+    assert said(whole)[:2] == ("tool_calls", "Well.\n")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_required_calls_are_streamed_as_they_are_given_whole(client, choice):
+    asked = CALL | {"tools": TOOLS, "tool_choice": choice, "max_tokens": 60}
+    for seed in range(3):
+        (whole,) = client.chat.completions.create(**asked | {"seed": seed}).choices
+        chunks = list(client.chat.completions.create(stream=True, **asked | {"seed": seed}))
+        assert said(gathered(chunks)) == said(whole) and whole.message.tool_calls
+
+
+def test_a_call_cut_off_by_the_bound_is_given_as_far_as_it_came(client, saying):
+    with saying(TEXT):
+        (choice,) = client.chat.completions.create(tools=TOOLS, **CALL | {"max_tokens": 60}).choices
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "length" and call.function.name == "weather"
+    assert TEXT[TEXT.index('{"city"') :].startswith(call.function.arguments) and call.function.arguments
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -109,10 +148,7 @@ def test_without_parallel_calls_the_first_alone_is_given(client, saying, stream)
     call = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
     with saying(call * 3):
         answer = client.chat.completions.create(tools=TOOLS, parallel_tool_calls=False, stream=stream, **CALL)
-        if stream:
-            calls = [one for chunk in answer for one in chunk.choices[0].delta.tool_calls or ()]
-        else:
-            calls = answer.choices[0].message.tool_calls
+        calls = (gathered(answer) if stream else answer.choices[0]).message.tool_calls
     assert [one.function.name for one in calls] == ["clock"]
 
 
@@ -136,7 +172,8 @@ def test_a_required_call_is_made(client):
         answer = client.chat.completions.create(tools=TOOLS, tool_choice="required", **(CALL | {"seed": seed}))
         (choice,) = answer.choices
         assert choice.finish_reason in ("tool_calls", "length")  # this model may go on calling
-        for call in choice.message.tool_calls or ():
+        calls = choice.message.tool_calls
+        for call in calls if choice.finish_reason == "tool_calls" else calls[:-1]:
             arguments = json.loads(call.function.arguments)
             assert call.function.name == "clock" or (
                 arguments["city"] in ("Bern", "Rome") and 1 <= arguments["days"] <= 9
@@ -148,12 +185,10 @@ def test_the_named_call_is_made_once(client, stream):
     named = {"type": "function", "function": {"name": "weather"}}
     answer = client.chat.completions.create(tools=TOOLS, tool_choice=named, stream=stream, **CALL)
     if stream:
-        chunks = [chunk.choices[0] for chunk in answer]
-        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
-        reason, content = chunks[-1].finish_reason, "".join(chunk.delta.content or "" for chunk in chunks)
+        choice = gathered(answer)
     else:
         (choice,) = answer.choices
-        calls, reason, content = choice.message.tool_calls, choice.finish_reason, choice.message.content
+    calls, reason, content = choice.message.tool_calls, choice.finish_reason, choice.message.content
     assert [call.function.name for call in calls] == ["weather"]
     assert set(json.loads(calls[0].function.arguments)) == {"city", "days"}
     assert reason == "tool_calls" and not content

@@ -26,7 +26,7 @@ from jaxpaged.errors import ConfigError
 from jaxpaged.integrations.prefix_routing import Affinity, Chain, chain_of
 from jaxpaged.server.app import App, ServerOptions
 from jaxpaged.server.async_engine import AsyncEngine
-from jaxpaged.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
+from jaxpaged.server.exchange import MAX_BODIES, ClientGone, Exchange, Receive, Room, Scope, Send, event
 from jaxpaged.server.faults import Fault, fault_of
 
 log = logging.getLogger("jaxpaged")
@@ -174,6 +174,7 @@ class Gateway:
 
     def __init__(self, replicas: Any) -> None:
         self._replicas = replicas
+        self._room = Room(4 * MAX_BODIES)  # kept until answered: another replica may have to be asked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; Ray's lifespan messages are nobody's."""
@@ -183,13 +184,16 @@ class Gateway:
         try:
             if not exchange.path.startswith(_OPEN):
                 raise Fault(404, f"there is no {exchange.path!r} here; Ray's dashboard shows the replicas' state")
-            body = await exchange.body(_BODY_TIMEOUT) if exchange.method == "POST" else b""
-            await self._forward(exchange, scope, body, send)
+            if exchange.method == "POST":
+                await exchange.read(_BODY_TIMEOUT, self._room)
+            await self._forward(exchange, scope, exchange.body, send)
         except ClientGone:
             return
         except Exception as error:
             fault = fault_of(_as_fault(error))
             await exchange.reply(fault.as_json(), fault.status, headers=fault.headers)
+        finally:
+            exchange.let_go()
 
     async def _forward(self, exchange: Exchange, scope: Scope, body: bytes, send: Send) -> None:
         plain = {key: scope[key] for key in ("type", "method", "path", "query_string")}

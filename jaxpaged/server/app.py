@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxpaged.engine.chat_template import Message
 from jaxpaged.engine.engine import Engine
@@ -22,7 +22,7 @@ from jaxpaged.errors import EngineDeadError, RequestError
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.server import chat, embeddings, generation, responses
 from jaxpaged.server.async_engine import AsyncEngine
-from jaxpaged.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
+from jaxpaged.server.exchange import ClientGone, Exchange, Receive, Room, Scope, Send, event
 from jaxpaged.server.faults import Fault, fault_of
 from jaxpaged.server.metrics import Metrics
 from jaxpaged.server.openapi import document
@@ -46,7 +46,9 @@ log = logging.getLogger("jaxpaged")
 ONE_MODEL = "/v1/models/{model}"
 OPEN_PATHS = ("/health", "/ping")  # load balancers have no key
 
-Handler = Callable[[Exchange, bytes], Awaitable[None]]
+Handler = Callable[[Exchange], Awaitable[None]]
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class App:
         self.draining = False
         self.num_active = 0
         """Requests that the engine works for."""
+        self._room = Room()
         self._created = int(time.time())
         self._origins = Origins(options.allowed_origins)
         self._pool_view = PoolView(engine)
@@ -117,16 +120,17 @@ class App:
             self._origins.check(exchange)
             handler = self._route(exchange)
             if exchange.method in ("GET", "HEAD"):
-                await handler(exchange, b"")
+                await handler(exchange)
                 return
             if self.draining:
                 raise Fault(503, "the server is shutting down", headers={"Connection": "close"})
             self.num_active += 1
             try:
-                body = await exchange.body(self.options.body_timeout)
-                await _while_there(exchange, handler(exchange, body))
+                await exchange.read(self.options.body_timeout, self._room)
+                await _while_there(exchange, handler(exchange))
             finally:
                 self.num_active -= 1
+                exchange.let_go()
         except ClientGone:
             return
         except Exception as error:
@@ -161,17 +165,17 @@ class App:
 
     # Completions and chats
 
-    async def _completions(self, exchange: Exchange, body: bytes) -> None:
-        request = decode(_json(exchange, body), CompletionRequest)
+    async def _completions(self, exchange: Exchange) -> None:
+        request = _request(exchange, CompletionRequest)
         model = self._model(request.model)
         params = generation.completion_params(request, self.options.sampling_defaults)
         prompts = generation.completion_prompts(request.prompt)
         form = generation.CompletionForm(request, self.engine)
         await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observer(exchange))
 
-    async def _chat(self, exchange: Exchange, body: bytes) -> None:
+    async def _chat(self, exchange: Exchange) -> None:
         self.engine.check_room()  # before time is spent on what cannot be served
-        request = decode(_json(exchange, body), ChatRequest)
+        request = _request(exchange, ChatRequest)
         model = self._model(request.model)
         asked = chat.understood(request, self.engine.tokenizer, self.options.parsers, self.options.sampling_defaults)
         turn = request.add_generation_prompt is not False
@@ -182,9 +186,9 @@ class App:
             exchange, self.engine, request, model, prompts, asked.params, form, self._observer(exchange)
         )
 
-    async def _responses(self, exchange: Exchange, body: bytes) -> None:
+    async def _responses(self, exchange: Exchange) -> None:
         self.engine.check_room()
-        request = decode(_json(exchange, body), ResponseRequest)
+        request = _request(exchange, ResponseRequest)
         model = self._model(request.model)
         params = responses.response_params(request, self.options.sampling_defaults)
         token_ids = await self.engine.offload(self._encode_chat, responses.messages_of(request), True, {})
@@ -192,8 +196,8 @@ class App:
         observe = self._observer(exchange)
         await responses.answer(exchange, self.engine, request, model, token_ids, params, parser, observe)
 
-    async def _embeddings(self, exchange: Exchange, body: bytes) -> None:
-        request = decode(_json(exchange, body), EmbeddingRequest)
+    async def _embeddings(self, exchange: Exchange) -> None:
+        request = _request(exchange, EmbeddingRequest)
         await embeddings.answer(exchange, self.engine, request, self._model(request.model), self._observer(exchange))
 
     def _encode_chat(self, messages: Sequence[Message], turn: bool, variables: Mapping[str, Any]) -> list[int]:
@@ -227,8 +231,8 @@ class App:
 
     # Tokens
 
-    async def _tokenize(self, exchange: Exchange, body: bytes) -> None:
-        request = decode(_json(exchange, body), TokenizeRequest)
+    async def _tokenize(self, exchange: Exchange) -> None:
+        request = _request(exchange, TokenizeRequest)
         self._model(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("give either prompt or messages")
@@ -247,8 +251,8 @@ class App:
             reply["token_strs"] = [self._tokenizer().token_text(token) for token in token_ids]
         await exchange.reply_json(reply)
 
-    async def _detokenize(self, exchange: Exchange, body: bytes) -> None:
-        request = decode(_json(exchange, body), DetokenizeRequest)
+    async def _detokenize(self, exchange: Exchange) -> None:
+        request = _request(exchange, DetokenizeRequest)
         self._model(request.model)
         vocab = self.engine.vocab_size
         for token in request.tokens:
@@ -257,7 +261,7 @@ class App:
         text = await self.engine.offload(self._tokenizer().decode, request.tokens, False)
         await exchange.reply_json({"prompt": text})
 
-    async def _tokenizer_info(self, exchange: Exchange, body: bytes) -> None:
+    async def _tokenizer_info(self, exchange: Exchange) -> None:
         tokenizer = self._tokenizer()
         named = dict.fromkeys(("bos_token", "eos_token", "pad_token")) | tokenizer.named_tokens
         template = {"chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size}
@@ -276,17 +280,17 @@ class App:
 
     # About the server
 
-    async def _index(self, exchange: Exchange, body: bytes) -> None:
+    async def _index(self, exchange: Exchange) -> None:
         headers = {
             "Cache-Control": "no-cache",
             "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'",
         }
         await exchange.reply(self._page, kind="text/html; charset=utf-8", headers=headers)
 
-    async def _models(self, exchange: Exchange, body: bytes) -> None:
+    async def _models(self, exchange: Exchange) -> None:
         await exchange.reply_json({"object": "list", "data": list(map(self._named, self.options.models))})
 
-    async def _one_model(self, exchange: Exchange, body: bytes) -> None:
+    async def _one_model(self, exchange: Exchange) -> None:
         name = exchange.path.removeprefix(ONE_MODEL.partition("{")[0])  # it may have slashes in it
         await exchange.reply_json(self._named(self._model(name)))
 
@@ -294,7 +298,7 @@ class App:
         about = {"object": "model", "created": self._created, "owned_by": "jaxpaged"}
         return {"id": name} | about | {"max_model_len": self.engine.max_model_len}
 
-    async def _health(self, exchange: Exchange, body: bytes) -> None:
+    async def _health(self, exchange: Exchange) -> None:
         problem = self.engine.problem(self.options.hang_timeout)
         if problem is not None:
             raise Fault(503, problem)
@@ -302,22 +306,22 @@ class App:
             raise Fault(503, "the server is shutting down")
         await exchange.reply(b"")
 
-    async def _version(self, exchange: Exchange, body: bytes) -> None:
+    async def _version(self, exchange: Exchange) -> None:
         await exchange.reply_json({"version": version("jaxpaged")})
 
-    async def _metrics(self, exchange: Exchange, body: bytes) -> None:
+    async def _metrics(self, exchange: Exchange) -> None:
         kind = "text/plain; version=0.0.4; charset=utf-8"
         await exchange.reply(self.metrics.text(await self.stats()), kind=kind)
 
-    async def _openapi(self, exchange: Exchange, body: bytes) -> None:
+    async def _openapi(self, exchange: Exchange) -> None:
         names, has_keys = self.options.models, bool(self.options.api_keys)
         found = document(self._routes, models=names, vocab_size=self.engine.vocab_size, has_keys=has_keys)
         await exchange.reply_json(found)
 
-    async def _load(self, exchange: Exchange, body: bytes) -> None:
+    async def _load(self, exchange: Exchange) -> None:
         await exchange.reply_json({"server_load": self.engine.num_open})
 
-    async def _pool(self, exchange: Exchange, body: bytes) -> None:
+    async def _pool(self, exchange: Exchange) -> None:
         await exchange.reply(await self._pool_view.as_json())
 
     async def stats(self) -> EngineStats | None:
@@ -329,26 +333,26 @@ class App:
 
     # For the operator
 
-    async def _reset_prefix_cache(self, exchange: Exchange, body: bytes) -> None:
+    async def _reset_prefix_cache(self, exchange: Exchange) -> None:
         await self.engine.call(Engine.reset_prefix_cache)
         await exchange.reply(b"")
 
-    async def _pause(self, exchange: Exchange, body: bytes) -> None:
+    async def _pause(self, exchange: Exchange) -> None:
         await self.engine.pause()
         await exchange.reply(b"")
 
-    async def _resume(self, exchange: Exchange, body: bytes) -> None:
+    async def _resume(self, exchange: Exchange) -> None:
         await self.engine.resume()
         await exchange.reply(b"")
 
-    async def _sleep(self, exchange: Exchange, body: bytes) -> None:
+    async def _sleep(self, exchange: Exchange) -> None:
         level = exchange.query.get("level", "1")
         if level != "1":
             raise RequestError(f"level is {level!r}; only 1 is served: weights to wake up with cannot be sent here")
         await self.engine.sleep()
         await exchange.reply(b"")
 
-    async def _wake_up(self, exchange: Exchange, body: bytes) -> None:
+    async def _wake_up(self, exchange: Exchange) -> None:
         await self.engine.wake_up()
         await exchange.reply(b"")
 
@@ -379,12 +383,12 @@ async def _while_there(exchange: Exchange, work: Awaitable[None]) -> None:
             await asyncio.wait((working,))
 
 
-def _json(exchange: Exchange, body: bytes) -> bytes:
-    """Only JSON that says so: browsers ask before they let a foreign page send that."""
-    kind = exchange.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if kind != b"application/json":
-        raise Fault(415, f"the body is {kind.decode('latin-1') or 'of no type'}; send `Content-Type: application/json`")
-    return body
+def _request(exchange: Exchange, kind: type[R]) -> R:
+    """What the body says. It must be JSON that says so: browsers ask before they let a foreign page send that."""
+    told = exchange.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if told != b"application/json":
+        raise Fault(415, f"the body is {told.decode('latin-1') or 'of no type'}; send `Content-Type: application/json`")
+    return decode(exchange.take_body(), kind)
 
 
 def _given_key(header: bytes) -> bytes:

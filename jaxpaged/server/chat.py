@@ -16,7 +16,7 @@ from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.server.answers import Json, TokenNames, chat_logprobs, prompt_logprobs
 from jaxpaged.server.protocol import ChatRequest, sampling_params
 from jaxpaged.server.reader import OPENING, Parts, Reader
-from jaxpaged.server.tool_formats import Call, format_of
+from jaxpaged.server.tool_formats import CallPiece, format_of, parameters_of
 from jaxpaged.server.tools import ToolUse, readable, tools_of
 
 TEMPLATE_SWITCHES = ("enable_thinking", "thinking")
@@ -109,26 +109,27 @@ class ChatForm:
         """A completion that has ended."""
         parts = self._read(index, completion, output)
         message: Json = {"role": "assistant", "content": parts.content, "refusal": None}
-        if calls := self._calls(index, parts.calls):
-            message |= {"content": parts.content or None, "tool_calls": [self._named(call) for call in calls]}
+        if calls := _joined(self._calls(index, parts.calls)):
+            message |= {"content": parts.content or None, "tool_calls": calls}
         if self._reasoning is not None and self.request.include_reasoning is not False:
             message["reasoning_content"] = parts.reasoning or None
         return self._common(index, completion, output, True) | {"message": message}
 
     def parts(self, index: int, completion: CompletionOutput, output: RequestOutput, is_first: bool) -> list[Json]:
         """What is new of a completion; before the first comes whose turn it is."""
-        opening: list[Json] = []
+        found: list[Json] = []
         if is_first:
             role = {"role": "assistant", "content": ""}
-            opening = [{"index": index, "delta": role, "logprobs": None, "finish_reason": None}]
+            found = [{"index": index, "delta": role, "logprobs": None, "finish_reason": None}]
         parts = self._read(index, completion, output)
         delta: Json = {"content": parts.content} if parts.content else {}
         if parts.reasoning and self.request.include_reasoning is not False:
             delta["reasoning_content"] = parts.reasoning
-        before = self._num_calls.get(index, 0)
         if calls := self._calls(index, parts.calls):
-            delta["tool_calls"] = [{"index": place} | self._named(call) for place, call in enumerate(calls, before)]
-        return [*opening, self._common(index, completion, output, is_first) | {"delta": delta}]
+            delta["tool_calls"] = calls
+        part = self._common(index, completion, output, is_first) | {"delta": delta}
+        says_more = is_first or completion.finished or part["logprobs"] is not None or self.request.return_token_ids
+        return [*found, part] if delta or says_more else found
 
     def _read(self, index: int, completion: CompletionOutput, output: RequestOutput) -> Parts:
         if self._tools is None and self._reasoning is None:
@@ -138,22 +139,28 @@ class ChatForm:
                 thinks=self._reasoning is not None,
                 begins_thinking=begins_thinking(self._reasoning, self.names.tokenizer, output.prompt_token_ids),
                 tools=self._tools.reads if self._tools is not None else None,
+                parameters=parameters_of(self._tools.definitions) if self._tools is not None else None,
             )
         return self._readers[index].take(completion.text, is_last=completion.finished)
 
-    def _calls(self, index: int, calls: list[Call]) -> list[Call]:
-        """Those of a completion's calls that are given."""
-        before = self._num_calls.get(index, 0)
-        if self._tools is not None and self._tools.most is not None:
-            calls = calls[: max(0, self._tools.most - before)]
-        self._num_calls[index] = before + len(calls)
-        return calls
-
-    @staticmethod
-    def _named(call: Call) -> Json:
-        # Mistral's templates want nine letters and digits.
-        name = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
-        return {"id": name, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    def _calls(self, index: int, pieces: list[CallPiece]) -> list[Json]:
+        """A completion's new pieces of calls as deltas have them, as far as they are given."""
+        found: list[Json] = []
+        most = self._tools.most if self._tools is not None else None
+        for piece in pieces:
+            place = self._num_calls.get(index, 0) - (piece.name is None)
+            if piece.name is not None:
+                self._num_calls[index] = place + 1
+            if most is not None and place >= most:
+                continue
+            if piece.name is not None:
+                function = {"name": piece.name, "arguments": piece.arguments}
+                found.append({"index": place, "id": _call_id(), "type": "function", "function": function})
+            elif found and found[-1]["index"] == place:
+                found[-1]["function"]["arguments"] += piece.arguments
+            else:
+                found.append({"index": place, "function": {"arguments": piece.arguments}})
+        return found
 
     def _common(self, index: int, completion: CompletionOutput, output: RequestOutput, is_first: bool) -> Json:
         has_called = completion.finish_reason == "stop" and self._num_calls.get(index, 0) > 0
@@ -173,3 +180,13 @@ class ChatForm:
         if self.request.prompt_logprobs is not None and is_first:
             part["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
         return part
+
+
+def _call_id() -> str:
+    """Mistral's templates want nine letters and digits."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
+def _joined(calls: list[Json]) -> list[Json]:
+    """Whole calls as messages have them: in order, and not numbered."""
+    return [{name: value for name, value in call.items() if name != "index"} for call in calls]

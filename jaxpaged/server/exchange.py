@@ -16,12 +16,23 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MAX_BODY = 8 << 20
+MAX_BODIES = 64 << 20
+"""Of all bodies that come or have not been decoded, those not counted that are short."""
+SHORT_BODY = 64 << 10
+"""Any connection may have so many bytes under way: whoever fills the room keeps no ordinary request out."""
 
 JSON = "application/json"
 
 
 class ClientGone(Exception):
     """Nobody is there to be answered."""
+
+
+class Room:
+    """What the bodies of all exchanges together may still take, in bytes."""
+
+    def __init__(self, size: int = MAX_BODIES) -> None:
+        self.size = self.left = size
 
 
 class Exchange:
@@ -36,13 +47,18 @@ class Exchange:
         self.common_headers: dict[str, str] = {}
         """Of any answer to it."""
         self._receive, self._send = receive, send
+        self.body = b""
+        """What `read` has read, until it is taken."""
+        self._room: Room | None = None
+        self._held = 0  # bytes of the room
 
-    async def body(self, timeout: float) -> bytes:
-        """The whole body, counted while it comes. Raises Fault 413 or 408, and ClientGone."""
+    async def read(self, timeout: float, room: Room) -> None:
+        """Read the whole body, counted while it comes. Raises Fault 413, 429 or 408, and ClientGone."""
         announced = self.headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > MAX_BODY:
             raise _too_large(int(announced))
         pieces, size, more = [], 0, True
+        self._room = room
         try:
             async with asyncio.timeout(timeout):
                 while more:
@@ -54,9 +70,31 @@ class Exchange:
                     more = message.get("more_body", False)
                     if size > MAX_BODY:
                         raise _too_large(size)
+                    if size > SHORT_BODY:
+                        self._hold(size, room)
         except TimeoutError:
             raise Fault(408, f"the body did not come within {timeout:g} s", headers={"Connection": "close"}) from None
-        return b"".join(pieces)
+        self.body = b"".join(pieces)
+
+    def take_body(self) -> bytes:
+        """The body, once: the room that it took is free again, since it is about to be decoded."""
+        body, self.body = self.body, b""
+        self.let_go()
+        return body
+
+    def let_go(self) -> None:
+        """Nothing more will be read."""
+        if self._room is not None:
+            self._room.left += self._held
+        self._held, self.body = 0, b""
+
+    def _hold(self, size: int, room: Room) -> None:
+        more = size - self._held
+        if more > room.left:
+            message = f"bodies of {room.size >> 20} MB are under way, which is the most; try again later"
+            raise Fault(429, message)
+        room.left -= more
+        self._held = size
 
     async def until_gone(self) -> None:
         """Returns when the client goes away."""

@@ -1,13 +1,15 @@
 """An answer's text told apart as it comes: what was thought, what is said, which tools are called.
 
-What may still become a mark is held back until it is one or is not; a call is given once all of it is there.
+What may still become a mark or a call is held back until it is one or is not; a call's arguments are given as they
+come.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxpaged.server.tool_formats import Call, Format
+from jaxpaged.server.feed import Feed
+from jaxpaged.server.tool_formats import CallPiece, Format, Parameters, Reading
 
 OPENING, CLOSING = "<think>", "</think>"
 
@@ -17,20 +19,22 @@ class Parts(NamedTuple):
 
     reasoning: str
     content: str
-    calls: list[Call]
+    calls: list[CallPiece]
 
 
 class Reader:
     """Reads one completion."""
 
-    def __init__(self, *, thinks: bool, begins_thinking: bool, tools: Format | None) -> None:
-        """`begins_thinking`: no mark opens the thoughts, since the prompt did."""
+    def __init__(
+        self, *, thinks: bool, begins_thinking: bool, tools: Format | None, parameters: Parameters | None = None
+    ) -> None:
+        """`begins_thinking`: no mark opens the thoughts, since the prompt did. `parameters`: of the tools."""
         self._thoughts = _Thoughts(begins_thinking) if thinks else None
-        self._calls = _Calls(tools) if tools is not None else None
+        self._calls = _Calls(tools, parameters or {}) if tools is not None else None
 
     def take(self, text: str, *, is_last: bool) -> Parts:
-        """The parts that this text completes."""
-        reasoning, calls = "", list[Call]()
+        """What this text adds to the parts."""
+        reasoning, calls = "", list[CallPiece]()
         if self._thoughts is not None:
             reasoning, text = self._thoughts.take(text, is_last)
         if self._calls is not None:
@@ -79,68 +83,100 @@ class _Thoughts:
 
 
 class _Calls:
-    """Text before calls, and the calls."""
+    """Text before, between and after calls, and the calls."""
 
-    def __init__(self, form: Format) -> None:
-        self._form = form
-        self._held = ""
-        self._inside = False  # behind an opening mark
+    def __init__(self, form: Format, parameters: Parameters) -> None:
+        self._form, self._parameters = form, parameters
+        self._feed = Feed()
+        self._reading: Reading | None = None
+        self._has_read = False  # a call, where one was looked for last
+        self._leaving = False  # what a mark opened: all up to the one that closes it is left out
+        self._plain = False  # no call may come any more
         self._said = False  # something that is no white space
         self._blank = ""  # white space that may turn out to be nothing
         self._called = False
 
-    def take(self, text: str, is_last: bool) -> tuple[str, list[Call]]:
+    def take(self, text: str, is_last: bool) -> tuple[str, list[CallPiece]]:
         """(said, calls)"""
-        text, self._held = self._held + text, ""
-        if not self._form.opening:
-            return self._whole(text, is_last)
-        said, calls = "", list[Call]()
+        feed, said, calls = self._feed, "", list[CallPiece]()
+        feed.rest += text
+        feed.is_whole = is_last
         while True:
-            if not self._inside:
-                before, mark, rest = text.partition(self._form.opening)
-                if not mark:
-                    held = 0 if is_last else _begun(text, self._form.opening)
-                    said += text[: len(text) - held]
-                    self._held = text[len(text) - held :]
+            if self._reading is not None:
+                if not self._read(self._reading, calls):
                     break
-                said += before if before.strip() or not self._called else ""
-                text, self._inside = rest, True
-            closing = self._form.closing
-            body, mark, rest = text.partition(closing) if closing else (text, "", "")
-            if not mark and not is_last:
-                self._held = text
-                break
-            try:
-                calls += self._form.parse(body)
-                self._called = True
-            except ValueError:
-                said += self._form.opening + body + mark
-            text, self._inside = rest, False
-            if not mark:
-                break
-        return self._shown(said, is_last), calls
+                self._reading = None
+                if not self._has_read:
+                    said += self._shown(feed.taken)
+            elif self._leaving:
+                if not self._leave():
+                    break
+            else:
+                before, begins = self._before_calls()
+                said += self._shown(before)
+                if not begins:
+                    break
+                self._reading, self._has_read = self._form.read(feed, self._parameters), False
+        if is_last and not self._called:  # it was part of the answer after all
+            said, self._blank = said + self._blank, ""
+        return said, calls
 
-    def _whole(self, text: str, is_last: bool) -> tuple[str, list[Call]]:
-        if self._said or (text.strip() and not text.lstrip().startswith(self._form.beginnings)):
-            self._said = True
-            return text, []
-        if not is_last:
-            self._held = text
-            return "", []
+    def _before_calls(self) -> tuple[str, bool]:
+        """Text up to where calls may begin, and whether they may."""
+        feed, opening = self._feed, self._form.opening
+        feed.mark()
+        if opening:
+            at = feed.rest.find(opening)
+            if at < 0:
+                return feed.take(len(feed.rest) - (0 if feed.is_whole else _begun(feed.rest, opening))), False
+            before = feed.take(at)
+            feed.mark()
+            feed.take(len(opening))
+            return before, True
+        begun = feed.rest.lstrip()
+        if self._plain or (begun and not begun.startswith(self._form.beginnings)):
+            self._plain = True
+            return feed.take(len(feed.rest)), False
+        if not begun:
+            return (feed.take(len(feed.rest)) if feed.is_whole else ""), False
+        self._plain = True  # after these
+        return "", True
+
+    def _read(self, reading: Reading, calls: list[CallPiece]) -> bool:
+        """Add the pieces that are there; whether all there will be are."""
         try:
-            return "", self._form.parse(text)
-        except ValueError:
-            return text, []
+            for piece in reading:
+                if piece is None:
+                    return False
+                calls.append(piece)
+                self._has_read = self._called = True
+                self._blank = ""
+                self._feed.mark()
+        except (ValueError, RecursionError):
+            pass
+        self._leaving = self._has_read and bool(self._form.closing)
+        return True
 
-    def _shown(self, said: str, is_last: bool) -> str:
+    def _leave(self) -> bool:
+        """Pass over what is left before the closing mark, and it; whether it is there."""
+        feed, closing = self._feed, self._form.closing
+        at = feed.rest.find(closing)
+        if at < 0:
+            feed.take(len(feed.rest) - _begun(feed.rest, closing))
+            return False
+        feed.take(at + len(closing))
+        self._leaving = False
+        return True
+
+    def _shown(self, text: str) -> str:
         """White space around calls, and where nothing else is said, is none of the answer."""
-        said, self._blank = self._blank + said, ""
-        if said.strip() or (self._said and not self._called):
-            self._said = True
-            return said
-        if not is_last:
-            self._blank = said
-        return said if is_last and not self._called else ""
+        self._blank += text
+        if not (self._blank.strip() or (self._said and not self._called)):
+            return ""
+        self._said = True
+        size = len(self._blank.rstrip()) if self._called else len(self._blank)
+        shown, self._blank = self._blank[:size], self._blank[size:]
+        return shown
 
 
 def _begun(text: str, mark: str) -> int:
