@@ -52,7 +52,7 @@ def convert(
     start = time.perf_counter()
     checkpoint = open_checkpoint(source)
     recipe = recipe_for(checkpoint)
-    target = resolve_dtype(dtype, checkpoint)
+    target = resolve_dtype(dtype, checkpoint.dtype)
     count = num_params(recipe.spec)
     num_bytes = count * target.itemsize
     final = Path(destination).expanduser()

@@ -72,10 +72,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     found = locate(path)
     if found.is_file():
         return _open_gguf(found)
+    if orbax_tree(found) is not None:
+        raise CheckpointError(
+            f"{found} is an Orbax checkpoint, which LLM and the commands that answer take as it is; "
+            "jaxpaged.integrations.orbax reads it too"
+        )
     if (found / SPEC).is_file():
         config = _read_config(found / HF_CONFIG) if (found / HF_CONFIG).exists() else {}
         return Checkpoint(found, "native", config, read_folder(found))
     return Checkpoint(found, "hf", read_config(found), read_folder(found))
+
+
+def orbax_tree(path: str | Path) -> Path | None:
+    """Where in a folder a tree lies that Orbax saved, None where none does. `integrations.orbax` reads it."""
+    folders = (Path(path).expanduser() / name for name in (".", "params", "default"))
+    try:
+        return next((folder for folder in folders if (folder / "_METADATA").is_file()), None)
+    except OSError:  # no name of a file: whoever opens it will say so
+        return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

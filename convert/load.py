@@ -82,7 +82,7 @@ def load(path: str | Path, *, dtype: str = "auto", put_for: PutFor | None = None
     place = put_for(recipe.spec) if put_for else _on_default_device
     placed: dict[str, jax.Array] = {}
     before = BYTES_READ.total
-    for name, read in readers(checkpoint, recipe, resolve_dtype(dtype, checkpoint)):
+    for name, read in readers(checkpoint, recipe, resolve_dtype(dtype, checkpoint.dtype)):
         # Waiting lets go of the host's copy before the next tensor is read.
         placed[name] = jax.block_until_ready(place(name, shapes[name], read))
     params = map_specs(lambda name, leaf: placed[name], recipe.spec)
@@ -159,13 +159,14 @@ def recipe_for(checkpoint: Checkpoint) -> Recipe:
     return recipe._replace(rules=_largest_first(recipe.rules, checkpoint))
 
 
-def resolve_dtype(name: str, checkpoint: Checkpoint) -> np.dtype[Any]:
-    """The numpy dtype meant by "auto" or by a name. Raises CheckpointError for a name we do not load as."""
+def resolve_dtype(name: str, stored: np.dtype[Any] | None) -> np.dtype[Any]:
+    """The numpy dtype meant by "auto" or by a name; `stored` is a checkpoint's. Raises CheckpointError for a name that
+    we do not load as.
+    """
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
         raise CheckpointError(f"cannot load weights as {name!r}; choose auto, {', '.join(DTYPES)}")
-    stored = checkpoint.dtype
     if stored is not None and stored in DTYPES.values():
         return stored
     return DTYPES["float32" if jax.default_backend() == "cpu" or stored == np.float64 else "bfloat16"]

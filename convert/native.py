@@ -25,8 +25,8 @@ from jaxpaged.convert.safetensors_reader import inside
 from jaxpaged.convert.safetensors_writer import MAX_SHARD_BYTES, write_folder
 from jaxpaged.convert.stored_tensor import Array
 from jaxpaged.errors import CheckpointError
-from jaxpaged.model.params import flatten, param_specs
-from jaxpaged.model.spec import to_json
+from jaxpaged.model.params import Params, check_params, flatten, num_params, param_specs
+from jaxpaged.model.spec import Decoder, to_json
 
 SIDE_FILES = (
     "generation_config.json",
@@ -92,6 +92,29 @@ def write_hf(
     _copy_side_files(checkpoint, folder)
 
 
+def save_params(path: str | Path, spec: Decoder, params: Params) -> None:
+    """Write a new native folder with `params`, of whatever devices of this process they lie on, leaf by leaf.
+
+    Raises CheckpointError where there is something already, or where `params` are not the spec's own.
+    """
+    if problems := check_params(spec, params):
+        raise CheckpointError(f"the params do not fit the spec: {problems[0]} ({len(problems):,} misfits in all)")
+    given = dict(flatten(params))
+    dtype = np.dtype(max(given.values(), key=lambda leaf: leaf.size).dtype)
+    num_bytes = num_params(spec) * dtype.itemsize
+    final = Path(path).expanduser()
+    with new_folder(final, None, num_bytes=num_bytes, overwrite=False) as folder:
+        write_folder(
+            folder,
+            {name: leaf.shape for name, leaf in given.items()},
+            dtype,
+            ((name, np.asarray(leaf)) for name, leaf in given.items()),
+            metadata={"format": "jaxpaged"},
+            progress=lambda num_bytes: None,
+        )
+        (folder / SPEC).write_text(to_json(spec), encoding="utf-8")
+
+
 class _LeafReader:
     """Leaves by path, whatever the checkpoint's format; those of one tensor are kept together, and only them."""
 
@@ -117,7 +140,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def new_folder(destination: Path, source: Path, *, num_bytes: int, overwrite: bool) -> Iterator[Path]:
+def new_folder(destination: Path, source: Path | None, *, num_bytes: int, overwrite: bool) -> Iterator[Path]:
     """A folder beside `destination` that takes its place if the body succeeds, and is gone if it fails.
 
     Raises CheckpointError where the destination may not be written or has no room for `num_bytes`.
@@ -175,13 +198,13 @@ def write_tokenizer(
     _write_json(folder / "generation_config.json", {"eos_token_id": list(eos_token_ids)})
 
 
-def _check_destination(destination: Path, source: Path, num_bytes: int, overwrite: bool) -> None:
+def _check_destination(destination: Path, source: Path | None, num_bytes: int, overwrite: bool) -> None:
     if not destination.parent.is_dir():
         raise CheckpointError(
             f"cannot write {destination}: the folder {destination.parent} does not exist; make it first"
         )
     target = destination.resolve()
-    if target == source.resolve() or target in source.resolve().parents:
+    if source is not None and target in (source.resolve(), *source.resolve().parents):
         raise CheckpointError(f"{destination} holds the source {source}; choose another destination")
     if destination.exists():
         if not overwrite:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxpaged.config import PARALLEL_SIZES, EngineConfig
+from jaxpaged.convert.checkpoint import orbax_tree
 from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import LoadedModel, load
 from jaxpaged.engine import exports
@@ -46,7 +47,7 @@ class LLM:
         build: Build = traced,
         **settings: Any,
     ) -> None:
-        """Load `model`: an HF or native directory, a .gguf file, a hub id, or (spec, params) already in memory.
+        """Load `model`: an HF, native or Orbax directory, a .gguf file, a hub id, or (spec, params) already in memory.
 
         `tokenizer` is a folder or a `Tokenizer` where the model's own is not meant; `dtype` is the weights' (auto,
         float32, bfloat16, float16). `mesh` holds the devices to run on and `sharding_rules` say what is cut along which
@@ -59,6 +60,9 @@ class LLM:
         eos_token_ids: frozenset[int] = frozenset()
         if isinstance(model, tuple):
             spec, params = model
+        elif orbax_tree(model) is not None:
+            spec, params = _load_orbax(model, dtype, placement)
+            tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         else:
             loaded = load(model, dtype=dtype, put_for=placement.put_for if placement is not None else None)
             spec, params = loaded.spec, loaded.params
@@ -263,6 +267,14 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
+
+
+def _load_orbax(path: str | Path, dtype: str, placement: Placement | None) -> tuple[Decoder, Params]:
+    try:
+        from jaxpaged.integrations import orbax
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"{path} is an Orbax checkpoint; pip install 'jaxpaged[orbax]' ({error})") from error
+    return orbax.load(path, dtype=dtype, placement=placement)
 
 
 def _own_tokenizer(loaded: LoadedModel) -> Tokenizer | None:

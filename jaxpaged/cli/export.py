@@ -69,7 +69,7 @@ def export(
 
     checkpoint = open_checkpoint(model)
     recipe = recipe_for(checkpoint)
-    target = resolve_dtype(dtype, checkpoint)
+    target = resolve_dtype(dtype, checkpoint.dtype)
     final = Path(destination).expanduser()
     size = num_params(recipe.spec) * target.itemsize
     with new_folder(final, checkpoint.path, num_bytes=size, overwrite=overwrite) as folder:

@@ -33,7 +33,7 @@ NO_FLAGS = {
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and how it runs."""
-    parser.add_argument("model", help="a Hugging Face folder, a native folder, a .gguf file or a hub id")
+    parser.add_argument("model", help="a Hugging Face, native or Orbax folder, a .gguf file or a hub id")
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--tokenizer", default=argparse.SUPPRESS, help="a folder with another tokenizer than the model's"

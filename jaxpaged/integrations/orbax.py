@@ -1,57 +1,217 @@
 """Orbax checkpoints: params under their own names beside the spec, and those that other trainers wrote.
 
-Our own is an Orbax `StandardCheckpointer` tree in a folder with `spec.json`, so that any Orbax program reads it.
+    orbax.save("run/final", spec, params)                  arrays that lie on one device, or on any mesh
+    llm = LLM("run/final", tensor_parallel_size=4)         each process reads its devices' slices, onto any other
+
+A checkpoint is a tree that Orbax saved: in the folder named, or in `params` or `default` there, where a
+`CheckpointManager` puts it. `spec.json` lies beside it or up to two folders above, so that a run has one for all its
+steps. Of a tree that holds more, such as an optimizer's state, the weights alone are read.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxpaged.errors import CheckpointError
+from jaxpaged.convert.checkpoint import SPEC, orbax_tree
+from jaxpaged.convert.load import resolve_dtype
+from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.integrations import trees
-from jaxpaged.model.params import Params
+from jaxpaged.model.params import Params, check_params, flatten
+from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder, from_json, to_json
 
-_SPEC, _TREE = "spec.json", "params"
+_TREE = "params"
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 16 << 20
+"""Bytes of a leaf that `save` stores together: a 64th of it, within these. Only whole chunks can be read, and what one
+device holds Orbax itself makes one chunk, of which every process would read all."""
 
 
 def save(path: str | Path, spec: Decoder, params: Params) -> None:
-    """Write a new folder with `spec` and `params`. Raises CheckpointError where there is something already."""
-    folder = Path(path).absolute()
-    if folder.exists():
+    """Write a new folder with `spec` and `params`; in a program of several processes all call this.
+
+    Raises CheckpointError where there is something already, or where `params` are not the spec's own.
+    """
+    folder = Path(path).expanduser().absolute()
+    if problems := check_params(spec, params):
+        more = f" and {len(problems) - 1:,} more" if problems[1:] else ""
+        raise CheckpointError(f"the params do not fit the spec: {problems[0]}{more}; give those of the trainer")
+    if _anywhere(folder.exists()):
         raise CheckpointError(f"{folder} exists; choose another place, or remove it")
-    folder.mkdir(parents=True)
-    (folder / _SPEC).write_text(to_json(spec), encoding="utf-8")
+    tree = dict(params)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / _TREE, dict(params))
+        checkpointer.save(folder / _TREE, tree, save_args=jax.tree.map(_in_chunks, tree))
+    write_spec(folder, spec)
 
 
-def load(path: str | Path) -> tuple[Decoder, Params]:
-    """What `save` wrote: a (spec, params) pair, as `LLM` takes it."""
-    folder = Path(path).absolute()
-    try:
-        spec = from_json((folder / _SPEC).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / _SPEC} does not describe a model ({error}); save it again") from error
-    return spec, load_tree(folder / _TREE, spec)
+def write_spec(path: str | Path, spec: Decoder) -> None:
+    """Say in a run's folder what model its checkpoints are of, once for all of them."""
+    if jax.process_index() == 0:
+        folder = Path(path).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SPEC).write_text(to_json(spec), encoding="utf-8")
 
 
-def load_tree(path: str | Path, spec: Decoder, family: str | None = None, *, inside: str | None = None) -> Params:
+def load(path: str | Path, *, dtype: str = "auto", placement: Placement | None = None) -> tuple[Decoder, Params]:
+    """A (spec, params) pair, as `LLM` takes it, of what `save` or a trainer's loop wrote under our own names.
+
+    The arrays lie as `placement` says, whatever mesh they were saved from, or on the default device.
+    """
+    folder = Path(path).expanduser().absolute()
+    if (tree := orbax_tree(folder)) is None:
+        steps = sorted((p.parent.name for p in folder.glob("*/_CHECKPOINT_METADATA")), key=lambda s: (len(s), s))
+        hint = f"name one of its steps, {', '.join(steps)}" if steps else "name a folder that Orbax wrote"
+        raise CheckpointError(f"{folder} holds no tree that Orbax saved; {hint}")
+    spec = _spec_of(folder)
+    saved = _saved(tree)
+    inside = "params" if "params" in saved and "embed" not in saved else None
+    return spec, _load(tree, saved, spec, None, inside, dtype, placement)
+
+
+def load_tree(
+    path: str | Path,
+    spec: Decoder,
+    family: str | None = None,
+    *,
+    inside: str | None = None,
+    dtype: str = "auto",
+    placement: Placement | None = None,
+) -> Params:
     """The params of `spec` from a tree that any trainer saved, its names as `trees.to_params` reads them.
 
     `inside` names the part of the checkpoint that holds the weights, where it holds more (an optimizer's state).
+    `dtype` and `placement` are `load`'s.
     """
-    folder = Path(path).absolute()
+    folder = Path(path).expanduser().absolute()
+    return _load(folder, _saved(folder), spec, family, inside, dtype, placement)
+
+
+def _load(
+    folder: Path,
+    saved: Any,
+    spec: Decoder,
+    family: str | None,
+    inside: str | None,
+    dtype: str,
+    placement: Placement | None,
+) -> Params:
+    if inside is not None and inside not in saved:
+        raise CheckpointError(f"{folder} holds {', '.join(sorted(saved))}, and no {inside}; name one of them")
+    shapes = saved if inside is None else saved[inside]
+    kind = _dtype(folder, shapes, dtype)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
+    try:
+        params = jax.eval_shape(lambda tree: trees.to_params(tree, spec, family), shapes)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    leaves, structure = jax.tree.flatten(shapes)
+    if placement is None:
+        places = [jnp.empty(0).sharding] * len(leaves)  # the default device
+    elif family is None:
+        wanted = dict(flatten(placement.place(params, spec)))
+        places = [_place_of(leaf, wanted[name]) for leaf, name in zip(leaves, trees.names(shapes), strict=True)]
+    else:
+        places = [_spread(leaf.shape, placement.mesh, placement.mesh.axis_names) for leaf in leaves]
+    target = [jax.ShapeDtypeStruct(s.shape, kind, sharding=place) for s, place in zip(leaves, places, strict=True)]
+    tree = _restore(folder, saved, jax.tree.unflatten(structure, target), inside)
+    params = trees.to_params(tree, spec, family)
+    return params if placement is None else placement.place(params, spec)
+
+
+def _in_chunks(leaf: Any) -> Any:
+    return ocp.SaveArgs(chunk_byte_size=min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, leaf.nbytes // 64)))
+
+
+def _place_of(stored: Any, wanted: Any) -> Sharding:
+    """Where to read a leaf to: where it is wanted or, if heads must be made to fit first, cut as finely along another
+    axis, so that all that moves afterwards moves over the devices' links.
+    """
+    sharding: NamedSharding = wanted.sharding
+    if stored.shape == wanted.shape:
+        return sharding
+    axes = [axis for cut in sharding.spec for axis in (cut if isinstance(cut, tuple) else (cut,))]
+    fitted = [a != b for a, b in zip(stored.shape, wanted.shape, strict=True)]
+    return _spread(stored.shape, sharding.mesh, [axis for axis in axes if axis is not None], fitted)
+
+
+def _spread(shape: Sequence[int], mesh: Any, axes: Sequence[str], but: Sequence[bool] = ()) -> NamedSharding:
+    """Where an array lies cut over mesh axes: along its first axis that they divide, one of `but` last; else whole."""
+    count = math.prod(mesh.shape[axis] for axis in axes)
+    dims = sorted(range(len(shape)), key=lambda dim: bool(but) and but[dim])
+    found = next((dim for dim in dims if shape[dim] % count == 0), None)
+    cut = [tuple(axes) if dim == found else None for dim in range(len(shape))]
+    return NamedSharding(mesh, PartitionSpec(*cut))
+
+
+def _spec_of(folder: Path) -> Decoder:
+    above = (folder, *folder.parents[:2])
+    file = next((f / SPEC for f in above if (f / SPEC).is_file()), None)
+    if file is None:
+        raise CheckpointError(
+            f"neither {folder} nor two folders above it hold {SPEC}, which says what the weights compute; "
+            "write it with jaxpaged.integrations.orbax.write_spec"
+        )
+    try:
+        return from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} does not describe a model ({error}); write it again") from error
+
+
+def _saved(folder: Path) -> Any:
+    """The tree that lies there, of shapes: whatever was saved as no array has none of its own."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(getattr(leaf, "shape", ()), getattr(leaf, "dtype", None) or np.dtype(np.float32))
+
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; name one that Orbax wrote")
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree: Any = checkpointer.restore(folder)
-    if inside is not None:
-        if inside not in tree:
-            raise CheckpointError(f"{folder} holds {', '.join(sorted(tree))}, and no {inside}; name one of them")
-        tree = tree[inside]
-    return trees.to_params(jax.tree.map(jax.numpy.asarray, tree), spec, family)
+    with _told(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return jax.tree.map(shape, checkpointer.metadata(folder).item_metadata.tree)
+
+
+def _restore(folder: Path, saved: Any, target: Any, inside: str | None) -> Any:
+    """The arrays that `target` gives shapes and places of, and nothing else of what is saved."""
+    # What is being read at once has a bound, which holds at least the largest leaf: it may be stored in one piece.
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2 + largest // 10**9)
+    places = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding), target)
+    item, args = (target, places) if inside is None else ({inside: target}, {inside: places})
+    asked = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+    with _told(folder), ocp.Checkpointer(handler) as checkpointer:
+        found = checkpointer.restore(folder, args=asked)
+    return found if inside is None else found[inside]
+
+
+def _dtype(folder: Path, shapes: Any, name: str) -> np.dtype[Any]:
+    """What to read the weights as: "auto" is the dtype of most bytes."""
+    sizes: dict[np.dtype[Any], int] = {}
+    for leaf_name, leaf in zip(trees.names(shapes), jax.tree.leaves(shapes), strict=True):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise CheckpointError(f"{folder}: {leaf_name} holds {leaf.dtype}, needs floats")
+        sizes[leaf.dtype] = sizes.get(leaf.dtype, 0) + leaf.size * leaf.dtype.itemsize
+    return resolve_dtype(name, max(sizes, key=lambda dtype: sizes[dtype], default=None))
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What Orbax says of a checkpoint that it cannot read, as one line of ours."""
+    try:
+        yield
+    except Exception as error:  # its own, tensorstore's and the system's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"Orbax cannot read {folder} ({reason}); save it again") from error
+
+
+def _anywhere(here: bool) -> bool:
+    """Whether it is so in any process."""
+    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(here)).any())

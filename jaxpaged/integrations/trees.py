@@ -67,6 +67,11 @@ def to_tree(params: Params, spec: Decoder, like: Any, family: str | None = None)
     return jax.tree.unflatten(structure, new)
 
 
+def names(tree: Any) -> list[str]:
+    """The names of a tree's leaves, in its own order, without what libraries put around them."""
+    return [_plain(name) for name, _ in _named(tree)]
+
+
 def _named(tree: Any) -> list[tuple[str, Any]]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return [(".".join(_key(key) for key in path), leaf) for path, leaf in paths]
