@@ -184,15 +184,25 @@ class LLM:
             raise RequestError("the model came without a tokenizer; give prompts to generate as token ids")
         return self.tokenizer.encode_chat(messages, **template_variables)
 
-    def follow(self) -> None:
-        """In every process but 0, where a mesh spans several: take part in what process 0's LLM does, until it ends.
+    def follow(self) -> bool:
+        """In every process but 0, where a mesh spans several: take part in what process 0's LLM does, until it releases
+        this process or ends; whether it may go on, and wants `follow` called again.
 
         The process ends with a line on standard error where another one is lost.
         """
-        self.engine.runner.follow()
+        return self.engine.runner.follow()
+
+    def release(self) -> None:
+        """Let the other processes return from `follow`, so that all can do something else together, such as training.
+
+        Requests under way wait. The next step begins when all others follow again.
+        """
+        self.engine.runner.release()
 
     def close(self) -> None:
-        """Let the other processes return from `follow`; the engine takes no step afterwards. At exit this is done."""
+        """Let the other processes return from `follow` for good; the engine takes no step afterwards. At exit this is
+        done, unless they have been released.
+        """
         self.engine.runner.end()
 
     def reset_prefix_cache(self) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from typing import Any
 import pytest
 from conftest import CACHE
 from tiny_models import CASES, write_checkpoint
+from training_process import GREEDY, PROMPTS, SETTINGS, SPEC, trained, weights
 
+from jaxpaged import LLM
 from jaxpaged.convert.families import family_of
 from jaxpaged.convert.rules import hf_shapes
+from jaxpaged.model.params import Params
 
 pytestmark = pytest.mark.slow
 
-PROCESS = Path(__file__).with_name("process.py")
 CONFIG = CASES["llama"].config | {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -29,6 +32,7 @@ CONFIG = CASES["llama"].config | {
     "num_attention_heads": 8,
 }
 CONFIG |= {"num_key_value_heads": 4, "max_position_embeddings": 128}
+LONGEST = 300  # seconds that processes may take for all they do, on a machine that does other things too
 PATIENCE = 10  # seconds after which no process may be left
 
 
@@ -39,14 +43,14 @@ def free_port() -> int:
 
 
 class Processes:
-    """`num` of them, killed at the end whatever happens."""
+    """`num` that run a script with their address, `num`, their id and more; killed at the end, or if they take long."""
 
-    def __init__(self, model: Path, num: int, *linger: str) -> None:
+    def __init__(self, script: str, num: int, *more: str) -> None:
         address = f"127.0.0.1:{free_port()}"
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "PYTHONUNBUFFERED": "1"}
         self.all = [
             subprocess.Popen(
-                [sys.executable, str(PROCESS), address, str(num), str(process), str(model), "1", *linger],
+                [sys.executable, str(Path(__file__).with_name(script)), address, str(num), str(process), *more],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -55,14 +59,21 @@ class Processes:
             )
             for process in range(num)
         ]
+        self.end = threading.Timer(LONGEST, self.kill)
+        self.end.start()
 
     def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.end.cancel()
+        self.kill()
+        for process in self.all:
+            process.communicate()
+
+    def kill(self) -> None:
         for process in self.all:
             process.kill()
-            process.communicate()
 
     def told(self, index: int) -> dict[str, Any]:
         """What a process says when it has loaded, or answered."""
@@ -85,7 +96,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(model: Path) -> dict[str, Any]:
-    with Processes(model, 1) as one:
+    with Processes("process.py", 1, str(model), "1") as one:
         told = one.told(0)
     assert told["read"] == told["stored"]
     assert len(set(map(str, told["tokens"]))) == len(told["tokens"])
@@ -98,7 +109,7 @@ def alone(model: Path) -> dict[str, Any]:
 def test_processes_answer_as_one_and_end_as_one(
     model: Path, alone: dict[str, Any], num: int, lost: int, meanwhile: str
 ) -> None:
-    with Processes(model, num, meanwhile) as processes:
+    with Processes("process.py", num, str(model), "1", meanwhile) as processes:
         told = [processes.told(index) for index in range(num)]
         assert told[0]["tokens"] == alone["tokens"]
         assert told[0]["again"] == alone["again"]
@@ -117,8 +128,32 @@ def test_processes_answer_as_one_and_end_as_one(
 
 
 def test_followers_return_when_the_leader_is_done(model: Path) -> None:
-    with Processes(model, 2) as processes:
+    with Processes("process.py", 2, str(model), "1") as processes:
         out, err = processes.all[1].communicate(timeout=120)
         assert "the leader is done" in out, err
         assert processes.all[1].returncode == 0
         assert processes.all[0].wait(timeout=10) == 0
+
+
+def test_processes_that_train_hand_each_its_part_of_the_new_weights_to_the_engine() -> None:
+    def alone(params: Params) -> list[list[int]]:
+        llm = LLM((SPEC, params), warmup=False, **SETTINGS)
+        return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+    with Processes("training_process.py", 2) as processes:
+        leader, follower = (processes.told(index) for index in range(2))
+        assert [process.wait(timeout=30) for process in processes.all] == [0, 0]
+    first, second, third = alone(weights(1)), alone(weights(2)), alone(trained(weights(2)))
+    assert len({str(tokens) for tokens in (first, second, third)}) == 3
+    assert leader["first"] == leader["woken by all"] == first
+    assert leader["second"] == leader["unchanged"] == leader["woken"] == second
+    assert leader["third"] == third
+    assert follower["refused"].startswith("the new params do not fit: missing head.w (16, 40)")
+    assert leader["refused"].startswith("process 1 of 2 was given params that do not fit")
+    assert leader["alone"].startswith("process 1 of 2 only follows; call llm.release()")
+    assert leader["under way"] == 0
+    assert leader["over"] == len(PROMPTS)
+    assert all(versions == sorted(versions) and set(versions) == {1, 2} for versions in leader["versions"])
+    for each in (leader, follower):
+        assert each["freed"] == each["freed by all"] == each["owned"]
+        assert each["without"] == "sleep(2) let go of the weights; call wake_up(params)"

@@ -33,7 +33,7 @@ from jaxpaged.engine.shards import make_shards
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestError
-from jaxpaged.model.params import Params, check_params
+from jaxpaged.model.params import Params
 from jaxpaged.model.sampling import Logprobs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
@@ -256,11 +256,12 @@ class Engine:
         under way go on with the keys and values they have (`keep`), have them computed anew (`recompute`) or end
         (`abort`). Prefixes cached so far are forgotten. `CompletionOutput.weight_versions` tells which weights made
         which token: 0 the first, one more with each call.
+
+        Over several processes all of them call this, outside `follow`, each with its part of the same arrays, and it is
+        taken or refused in all. So it is with `wake_up(params)`.
         """
         if policy not in get_args(UpdatePolicy):
             raise ConfigError(f"policy is {policy!r}; known: {', '.join(get_args(UpdatePolicy))}")
-        if self.runner.placement is not None and not check_params(self.spec, params):
-            params = self.runner.placement.place(params, self.spec)
         self.runner.update_params(params)
         self.shards.reset_prefix_cache()
         if policy == "recompute":

@@ -3,6 +3,9 @@
 The leader's numpy arguments go out through a collective of JAX, as words in frames of one size. Arrays on the devices
 stay where they are: both sides number what their calls give alike, and a message names them by number. Nothing is
 pickled, and followers know every shape from the function itself.
+
+The last words of a frame, one for each process, are answers: whether it follows or takes part in what it hears. So
+where all are to do something at once, all learn alike whether all do.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import os
 import sys
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -29,7 +32,11 @@ from jaxpaged.model.sharding import Placement
 FRAME = 1 << 14
 """Words of one collective: 64 KiB, which hold the inputs of most steps."""
 
-END, CALL, SLEEP, WAKE = range(4)
+END, RELEASE, CALL, SLEEP, WAKE, UPDATE = range(6)
+"""What the leader says."""
+
+FOLLOWS, AGREES, REFUSES = range(3)
+"""What a process answers."""
 
 Words = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -50,13 +57,14 @@ class Function:
 
 
 class Relay:
-    """One process's end. `made` are the arrays that calls gave and that are still wanted, by number."""
+    """One process's end. `made` are the arrays that are still wanted, by number."""
 
     def __init__(self, fingerprint: str) -> None:
         """Raises ConfigError where the processes were not started with the same `fingerprint`."""
         self.is_leader = jax.process_index() == 0
-        self._is_following = False
+        self._is_released = False  # what the leader knows of the followers
         self._send = _collective()
+        self._room = FRAME - jax.process_count()
         self._made: dict[int, Any] = {}  # a follower's
         self._numbers: dict[int, int] = {}  # the leader's: id of a living array -> number
         self._watched: dict[int, Any] = {}  # weak references, which must live to tell of an end
@@ -68,10 +76,11 @@ class Relay:
                 f"the {jax.process_count()} processes were given different models or settings; give all the same"
             )
         if self.is_leader:
-            atexit.register(self.end)  # before JAX's own, which waits for the followers to leave
+            atexit.register(self._leave)  # before JAX's own, which waits for the followers to leave
 
-    def adopt(self, tree: Any) -> None:
-        """Number arrays that both sides have, and that no call gave."""
+    def adopt(self, tree: Any) -> range:
+        """Number arrays that both sides have; their numbers."""
+        first = self._next
         for leaf in jax.tree.leaves(tree):
             if self.is_leader:
                 self._numbers[id(leaf)] = self._next
@@ -79,6 +88,15 @@ class Relay:
             else:
                 self._made[self._next] = leaf
             self._next += 1
+        return range(first, self._next)
+
+    def drop(self, numbers: range) -> None:
+        """Forget arrays on both sides that this side still holds, whoever else does."""
+        for number in numbers:
+            if not self.is_leader:
+                del self._made[number]
+            elif self._numbers.get(identity := id(self._watched.pop(number)())) == number:
+                del self._numbers[identity]
 
     def call(self, function: Function, args: tuple[Any, ...]) -> Any:
         """The leader's call. Raises ConfigError on a follower, which has nothing to say."""
@@ -98,48 +116,66 @@ class Relay:
         self.adopt(result)
         return result
 
-    def refuse(self, what: str) -> NoReturn:
-        """Say what does not work across processes."""
-        raise ConfigError(
-            f"{what} does not work over {jax.process_count()} processes yet, which keep the weights that they loaded; "
-            "start them anew with others"
-        )
+    def tell(self, kind: int, number: int = 0) -> None:
+        """Have the followers do this, those that `follow` and those that do the same call."""
+        answers = self._tell(kind, [number, 0, 0, 0], [], [])
+        self._is_released = FOLLOWS not in answers()
 
-    def tell(self, kind: int) -> None:
-        """Have the followers sleep or wake; nothing on a follower."""
-        if self.is_leader:
-            self._tell(kind, [0] * 4, [], [])
+    def agree(self, problem: str | None, follow: Callable[[int, int], Words | None]) -> None:
+        """Return in all processes, or raise ConfigError in all: where one has a `problem`, or only follows.
+
+        `follow(until, answer)` is how a follower waits for the leader.
+        """
+        mine = AGREES if problem is None else REFUSES
+        answers = self._tell(UPDATE, [0] * 4, [], [], mine)() if self.is_leader else follow(UPDATE, mine)
+        self._is_released = answers is not None and FOLLOWS not in answers
+        if answers is None:
+            raise ConfigError("process 0 has ended and gives no new weights any more; start all processes anew")
+        if problem is not None:
+            raise ConfigError(problem)
+        reasons = {
+            REFUSES: "was given params that do not fit, as its own error says; give all processes the same",
+            FOLLOWS: "only follows; call llm.release(), so that follow() returns there, then this in all processes",
+        }
+        for answer, reason in reasons.items():
+            if (found := np.flatnonzero(answers == answer)).size:
+                raise ConfigError(f"process {found[0]} of {len(answers)} {reason}")
+
+    def release(self) -> None:
+        """Let the followers return from `follow`, which they call again before the leader calls anything."""
+        if not self._is_released:
+            self._tell(RELEASE, [0] * 4, [], [])
+            self._is_released = True
 
     def end(self) -> None:
-        """Let the followers return from `follow`; the leader calls nothing afterwards."""
-        atexit.unregister(self.end)
+        """Let the followers return from `follow` for good; the leader calls nothing afterwards."""
         if self.is_leader:
+            atexit.unregister(self._leave)
             self._tell(END, [0] * 4, [], [])
 
-    def follow(self, function: Callable[[int, tuple[int, ...]], Function], on: dict[int, Callable[[], object]]) -> None:
-        """Do as the leader does until it ends. `function(number, sizes)` compiles; `on` says what SLEEP and WAKE do."""
-        if self.is_leader:
-            raise ConfigError("process 0 leads: it takes requests, and the others follow")
-        while (message := self._hear())[0] != END:
+    def follow(
+        self,
+        function: Callable[[int, tuple[int, ...]], Function],
+        on: Mapping[int, Callable[[int], object]],
+        until: int,
+        answer: int = FOLLOWS,
+    ) -> Words | None:
+        """Do as the leader does until it says `until`; then what all answered, or None where it ended.
+
+        `function(number, sizes)` compiles; `on` says what is to be done where the leader says something else.
+        """
+        while True:
+            message, answers = self._hear(answer)
             kind, number, *sizes, num_dropped = message[:6].tolist()
             dropped, rest = message[6 : 6 + num_dropped], message[6 + num_dropped :]
             for each in dropped.tolist():
                 del self._made[each]
-            if kind != CALL:
-                on[kind]()
-                continue
-            found = function(number, tuple(sizes))
-            shapes, structure = jax.tree.flatten(found.shapes)
-            leaves, at = [], len(shapes)
-            for shape, known in zip(shapes, rest[: len(shapes)].tolist(), strict=True):
-                if known >= 0:
-                    leaves.append(self._made[known])
-                    continue
-                num_bytes = int(np.prod(shape.shape)) * shape.dtype.itemsize
-                raw = rest[at : (at := at - (-num_bytes // 4))].view(np.uint8)[:num_bytes]
-                leaves.append(raw.view(shape.dtype).reshape(shape.shape))
-            with self.guard():
-                self.adopt(found.compiled(*jax.tree.unflatten(structure, leaves)))
+            if kind == CALL:
+                self._call_too(function(number, tuple(sizes)), rest)
+            elif kind in on:
+                on[kind](number)
+            if kind in (until, END):
+                return answers if kind == until else None
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -149,32 +185,68 @@ class Relay:
         except jax.errors.JaxRuntimeError as error:
             _die(error)
 
+    def _call_too(self, function: Function, words: Words) -> None:
+        """What the leader calls, with the arrays that it names and the numbers that it sent."""
+        shapes, structure = jax.tree.flatten(function.shapes)
+        leaves, at = [], len(shapes)
+        for shape, known in zip(shapes, words[: len(shapes)].tolist(), strict=True):
+            if known >= 0:
+                leaves.append(self._made[known])
+                continue
+            num_bytes = int(np.prod(shape.shape)) * shape.dtype.itemsize
+            raw = words[at : (at := at - (-num_bytes // 4))].view(np.uint8)[:num_bytes]
+            leaves.append(raw.view(shape.dtype).reshape(shape.shape))
+        with self.guard():
+            self.adopt(function.compiled(*jax.tree.unflatten(structure, leaves)))
+
+    def _leave(self) -> None:
+        """At exit: followers that were released go on by themselves."""
+        if not self._is_released:
+            self.end()
+
     def _forget(self, identity: int, number: int) -> Callable[[object], None]:
         def gone(_: object) -> None:
-            del self._numbers[identity], self._watched[number]
+            if self._numbers.get(identity) == number:  # an array may have two: one that is twice among the weights
+                del self._numbers[identity]
+            del self._watched[number]
             self._dropped.append(number)
 
         return gone
 
-    def _tell(self, kind: int, header: Sequence[int], numbers: Sequence[int], data: Sequence[Words]) -> None:
+    def _tell(
+        self, kind: int, header: Sequence[int], numbers: Sequence[int], data: Sequence[Words], answer: int = AGREES
+    ) -> Callable[[], Words]:
+        """Send a message; what all answered, for who wants to wait for it."""
         dropped, self._dropped = self._dropped, []
         words = np.asarray([0, kind, *header, len(dropped), *dropped, *numbers], np.int32)
         message = np.concatenate([words, *data])
         message[0] = len(message)
+        self._is_released = self._is_released and kind != CALL
         with self.guard():
-            for begin in range(0, len(message), FRAME):
-                frame = np.zeros(FRAME, np.int32)
-                piece = message[begin : begin + FRAME]
-                frame[: len(piece)] = piece
-                self._send(frame)
+            pieces = [message[begin : begin + self._room] for begin in range(0, len(message), self._room)]
+            sums = [self._send(self._frame(piece, answer)) for piece in pieces]
 
-    def _hear(self) -> Words:
+        def answers() -> Words:
+            with self.guard():
+                return np.asarray(sums[0])[self._room :]
+
+        return answers
+
+    def _hear(self, answer: int) -> tuple[Words, Words]:
+        """A message, and what all answered to it."""
+        nothing = np.empty(0, np.int32)
         with self.guard():
-            nothing = np.zeros(FRAME, np.int32)
-            frames = [np.asarray(self._send(nothing))]
+            frames = [np.asarray(self._send(self._frame(nothing, answer)))]
             length = int(frames[0][0])
-            frames += [np.asarray(self._send(nothing)) for _ in range(FRAME, length, FRAME)]
-        return np.concatenate(frames)[1:length]
+            for _ in range(self._room, length, self._room):
+                frames.append(np.asarray(self._send(self._frame(nothing, answer))))
+        return np.concatenate([frame[: self._room] for frame in frames])[1:length], frames[0][self._room :]
+
+    def _frame(self, piece: Words, answer: int) -> Words:
+        frame = np.zeros(FRAME, np.int32)
+        frame[: len(piece)] = piece
+        frame[self._room + jax.process_index()] = answer
+        return frame
 
 
 def make_relay(placement: Placement | None, fingerprint: str, config: EngineConfig) -> Relay | None:

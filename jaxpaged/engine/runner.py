@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -32,13 +32,13 @@ from jaxpaged.engine.logit_edits import RowEdits, row_edits
 from jaxpaged.engine.memory_budget import affordable_pages, fitting_model_len, host_pages
 from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.engine.processors import Processors
-from jaxpaged.engine.relay import SLEEP, WAKE, Relay, least, make_relay
+from jaxpaged.engine.relay import AGREES, FOLLOWS, RELEASE, SLEEP, WAKE, Relay, Words, least, make_relay
 from jaxpaged.engine.request import Sequence as TokenSequence
 from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.engine.stacking import stack, stack_found, stack_pieces
 from jaxpaged.engine.staged_functions import StagedFunctions
 from jaxpaged.engine.step_functions import StepFunctions, as_shape
-from jaxpaged.engine.weights import Layout
+from jaxpaged.engine.weights import Layout, check_alive, shape_of
 from jaxpaged.errors import ConfigError
 from jaxpaged.kernels.tiles import current_device
 from jaxpaged.model.cache import (
@@ -112,6 +112,7 @@ class Runner:
                 "does not keep yet; set it to 0, or use 1 data shard"
             )
         self.placement = placement
+        self._asked = spec  # before heads are made to fit the mesh
         self.spec = spec if placement is None else placement.fit(spec)
         if (problems := check_params(spec, params)) and (self.spec == spec or check_params(self.spec, params)):
             raise ConfigError("params do not fit the spec: " + "; ".join(problems))
@@ -135,8 +136,10 @@ class Runner:
         self.max_pages = -(-self.max_model_len // config.page_size)
         self.cache = self._cache_shapes(num_pages, config.page_size, dtype)
         self._relay: Relay | None = None
+        self.is_sleeping = True
+        """While there is no pool: shapes stand for it, and no step may be dispatched."""
         if self.has_params:
-            self.wake()
+            self._make_pool()
         self.num_host_pages = host_pages(config, self.page_bytes)
         self._host = HostPages(self.cache.pools, self.num_host_pages)
         fewest = 1 if on_cpu else _FEWEST_DECODES
@@ -166,8 +169,8 @@ class Runner:
         self._nothing_sampled: Any = np.zeros(self.num_shards * self.functions.max_rows, np.int32)
         self.processors = Processors(self._compiler, spec.vocab_size)
         use_compilation_cache(config.compilation_cache_dir)
-        if self._relay is not None:
-            self._relay.adopt((self.params, self.cache))
+        self._param_numbers = self._adopted_params()
+        self._adopt_pool()
 
     @property
     def num_compilations(self) -> int:
@@ -180,20 +183,24 @@ class Runner:
         return self._compiler.is_compiling
 
     @property
-    def is_sleeping(self) -> bool:
-        """True while there is no pool: shapes stand for it, and no step may be dispatched."""
-        return not _is_real(self.cache)
-
-    @property
     def has_params(self) -> bool:
         """Whether there are weights rather than their shapes."""
         return _is_real(self.params)
 
     def update_params(self, params: Params) -> None:
-        """Use other weights from the next step on; ConfigError, and no change, where they do not fit."""
+        """Use other weights from the next step on; ConfigError, and no change, where they do not fit.
+
+        Over several processes all call this, outside `follow`, and it fails in all where it does in one.
+        """
         if self._relay is not None:
-            self._relay.refuse("update_params")
-        self.params = self._layout.fit(params, self.spec)
+            self._relay.agree(self._problem(params), self._follow_until)
+        with self._guard():
+            if self.placement is not None and not check_params(self._asked, params):
+                params = self.placement.place(params, self._asked)
+            params = self._layout.fit(params, self.spec)
+        self._drop_params()
+        self.params = params
+        self._param_numbers = self._adopted_params()
         self.param_version += 1
 
     @property
@@ -203,42 +210,44 @@ class Runner:
 
     def sleep(self, *, drop_params: bool) -> None:
         """Free the pool, which nobody else holds, and let go of the weights, which others may hold."""
-        if self._relay is not None and drop_params:
-            self._relay.refuse("sleep(2)")
+        if self._relay is not None and not self._relay.is_leader:
+            self._follow_until(SLEEP, AGREES)
+            return
         self._host.settle(wait=True)
         pools = [leaf for leaf in jax.tree.leaves(self.cache) if isinstance(leaf, jax.Array)]
         self.cache = jax.tree.map(as_shape, self.cache)
         while pools:
             pools.pop().delete()
+        self.is_sleeping = True
         if self._relay is not None:
-            self._relay.tell(SLEEP)  # then followers let go of what nobody holds here
+            self._relay.tell(SLEEP, int(drop_params))  # then followers let go of what nobody holds here
         if drop_params:
-            self.params = jax.tree.map(as_shape, self.params)
+            self._drop_params()
 
     def wake(self) -> None:
         """Make the pool, if there is none."""
-        if self.is_sleeping:
-            zeros = (jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in jax.tree.leaves(self.cache))
-            self.cache = jax.tree.unflatten(jax.tree.structure(self.cache), zeros)
-            if self._relay is not None:
-                self._relay.tell(WAKE)
-                self._relay.adopt(self.cache)
+        if self._relay is not None and not self._relay.is_leader:
+            self._follow_until(WAKE, AGREES)
+            return
+        if self._relay is not None:
+            self._relay.tell(WAKE)
+        self._make_pool()
 
-    def follow(self) -> None:
-        """Do what process 0's runner does, until it ends."""
-        if self._relay is None or isinstance(self.functions, StagedFunctions):  # which `make_relay` refuses
+    def follow(self) -> bool:
+        """Do what process 0's runner does, until it releases this process (true) or ends (false)."""
+        if self._relay is None:
             raise ConfigError(
                 f"the model lies on devices of one process, of {jax.process_count()}; give a mesh over the devices of "
                 "all, or tensor_parallel_size"
             )
-        # What holds the arrays now is the relay, which learns when they are let go of.
-        self.params, self.cache = jax.tree.map(as_shape, (self.params, self.cache))
+        if self._relay.is_leader:
+            raise ConfigError("process 0 leads: it takes requests, and the others follow")
+        return self._follow_until(RELEASE) is not None
 
-        def wake() -> None:
-            self.wake()
-            self.cache = jax.tree.map(as_shape, self.cache)
-
-        self._relay.follow(self.functions.named, {SLEEP: lambda: None, WAKE: wake})
+    def release(self) -> None:
+        """Let the followers, if there are any, return from `follow`, which they will call again."""
+        if self._relay is not None and self._relay.is_leader:
+            self._relay.release()
 
     def end(self) -> None:
         """Let the followers, if there are any, return from `follow`."""
@@ -289,7 +298,7 @@ class Runner:
     def read(self, step: InFlight) -> InFlight:
         """The step with its results on the host, waited for."""
         wanted = step.outputs, [p.logprobs for p in step.prompt_parts], step.embedded.sums
-        with nullcontext() if self._relay is None else self._relay.guard():
+        with self._guard():
             outputs, parts, sums = jax.device_get(wanted)
         self._host.settle(wait=False)
         tokens = outputs.tokens.reshape(self.num_shards, -1)[:, : step.num_rows].reshape(-1)
@@ -311,6 +320,62 @@ class Runner:
         num_params = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         most = batch.MOVES_PER_CALL
         return pages_worth_moving(most * self.page_bytes, self.cache.page_size, num_params, jax.default_backend(), most)
+
+    def _problem(self, params: Params) -> str | None:
+        """Why `update_params` cannot take these, told by their shapes alone: to move them takes all processes."""
+        try:
+            check_alive(params)
+            given = jax.tree.map(shape_of, params)
+            if self.placement is not None and not check_params(self._asked, params):
+                given = self.placement.place(given, self._asked)
+            self._layout.check(given, self.spec)
+        except Exception as error:  # of whatever kind: the other processes wait to hear of it
+            return str(error)
+        return None
+
+    def _drop_params(self) -> None:
+        """Let go of the weights; their shapes stay."""
+        if self._relay is not None:
+            self._relay.drop(self._param_numbers)
+        self.params = jax.tree.map(as_shape, self.params)
+        self._param_numbers = range(0)
+
+    def _adopted_params(self) -> range:
+        """The weights' numbers in the relay, which also holds them from now on where this process follows."""
+        return self._relay.adopt(self.params) if self._relay is not None and self.has_params else range(0)
+
+    def _make_pool(self) -> None:
+        if self.is_sleeping:
+            zeros = (jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in jax.tree.leaves(self.cache))
+            self.cache = jax.tree.unflatten(jax.tree.structure(self.cache), zeros)
+            self.is_sleeping = False
+            self._adopt_pool()
+
+    def _adopt_pool(self) -> None:
+        """Have the relay number the pool; where this process follows, only the relay holds it, until the leader lets go
+        of it.
+        """
+        if self._relay is not None and not self.is_sleeping:
+            self._relay.adopt(self.cache)
+            if not self._relay.is_leader:
+                self.cache = jax.tree.map(as_shape, self.cache)
+
+    def _follow_until(self, until: int, answer: int = FOLLOWS) -> Words | None:
+        """See `Relay.follow`."""
+
+        def sleep(drop_params: int) -> None:
+            self.is_sleeping = True
+            if drop_params:
+                self._drop_params()
+
+        if self._relay is None or isinstance(self.functions, StagedFunctions):  # which `make_relay` refuses
+            return None
+        on = {SLEEP: sleep, WAKE: lambda _: self._make_pool()}
+        return self._relay.follow(self.functions.named, on, until, answer)
+
+    def _guard(self) -> AbstractContextManager[None]:
+        """Around what fails in all processes where it fails in one."""
+        return nullcontext() if self._relay is None else self._relay.guard()
 
     def _cache_shapes(self, num_pages: int, page_size: int, dtype: Any) -> KVCache:
         """What the cache is, `num_pages` for each data shard, and where: no device ever holds more than its part."""

@@ -35,19 +35,21 @@ class Layout:
         deleted.
         """
         leaves, structure = jax.tree.flatten(params)
-        same = structure == self._structure
-        if not (same and self._is_of(leaves)):
-            if not same or list(map(_kind, leaves)) != self._kinds:
-                raise ConfigError("the new params do not fit: " + "; ".join(self._misfits(params, spec)))
+        is_alike = structure == self._structure and self._is_of(leaves)
+        if not is_alike:
+            self.check(params, spec)
+        check_alive(params)
+        if not is_alike:
             leaves = [_placed(leaf, sharding) for leaf, sharding in zip(leaves, self._shardings, strict=True)]
             self._avals = [leaf.aval for leaf in leaves]  # the next ones will look like these
-        if any(leaf.is_deleted() for leaf in leaves):
-            gone = [path for path, leaf in flatten(params) if leaf.is_deleted()]
-            raise ConfigError(
-                f"{len(gone):,} of the new params were deleted or donated, {gone[0]} the first; give others"
-            )
         taken: Params = jax.tree.unflatten(structure, leaves)
         return taken
+
+    def check(self, params: Any, spec: Decoder) -> None:
+        """What `fit` raises of the shapes and dtypes of `params`, which may be shapes."""
+        leaves, structure = jax.tree.flatten(params)
+        if structure != self._structure or list(map(_kind, leaves)) != self._kinds:
+            raise ConfigError("the new params do not fit: " + "; ".join(self._misfits(params, spec)))
 
     def _is_of(self, leaves: list[Any]) -> bool:
         if not all(issubclass(kind, jax.Array) for kind in set(map(type, leaves))):
@@ -64,6 +66,22 @@ class Layout:
             if path in kinds and _kind(leaf)[1] != (dtype := self._kinds[kinds[path]][1]):
                 problems.append(f"{path} is {_kind(leaf)[1]}, needs {dtype}")
         return problems or [f"the tree is a {jax.tree.structure(params)}, needs a {self._structure}"]
+
+
+def check_alive(params: Any) -> None:
+    """Raises ConfigError where arrays among them have been deleted."""
+    if any(_is_gone(leaf) for leaf in jax.tree.leaves(params)):
+        gone = [path for path, leaf in flatten(params) if _is_gone(leaf)]
+        raise ConfigError(f"{len(gone):,} of the new params were deleted or donated, {gone[0]} the first; give others")
+
+
+def shape_of(leaf: Any) -> Any:
+    """What stands for a leaf, on the host or on devices: its shape and dtype."""
+    return jax.ShapeDtypeStruct(*_kind(leaf))
+
+
+def _is_gone(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.is_deleted()
 
 
 def _kind(leaf: Any) -> _Kind:

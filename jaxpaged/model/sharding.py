@@ -295,6 +295,10 @@ class Placement:
 def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
         return array
+    is_local = not isinstance(array, jax.Array) or array.is_fully_addressable
+    if is_local and not sharding.is_fully_addressable:  # all processes have it, and each puts its own part
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda cut: host[cut])
     placed: jax.Array = jax.device_put(array, sharding)
     return placed
 
