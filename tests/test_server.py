@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import httpx
 import openai
@@ -250,6 +251,24 @@ def test_metrics_count_what_was_served(server, client):
     assert value("num_requests_running") == 0 and value("request_generation_tokens_sum") >= 18
 
 
+def test_answers_carry_the_name_of_their_request(server):
+    named = server.http.get("/version", headers={"X-Request-Id": "mine-1"})
+    assert named.headers["x-request-id"] == "mine-1"
+    fault = server.http.get("/nowhere", headers={"X-Request-Id": "a b"})
+    assert fault.status_code == 404 and len(fault.headers["x-request-id"]) == 32
+    assert server.http.get("/version").headers["x-request-id"] != fault.headers["x-request-id"]
+
+
+def test_a_prompt_may_do_without_the_tokens_that_begin_a_text(server, monkeypatch):
+    asked, encode = [], server.engine.tokenizer.encode
+    monkeypatch.setattr(
+        server.engine.tokenizer, "encode", lambda text, add=True: asked.append(add) or encode(text, add)
+    )
+    for bare in (False, True):
+        answer = server.post("/v1/completions", prompt=["ban"], echo=True, add_special_tokens=not bare, **GREEDY).json()
+        assert answer["choices"][0]["text"].startswith("ban") and asked[-1] is not bare
+
+
 def test_admin_routes_pause_and_resume(server):
     assert server.post("/pause").status_code == 200
     with pytest.raises(httpx.ReadTimeout):
@@ -263,9 +282,49 @@ def test_admin_routes_pause_and_resume(server):
     assert server.inner.stats().pages_cached == 0
 
 
-def test_page_and_its_picture_of_the_pool(server):
+def test_the_page_needs_nothing_but_itself_and_routes_that_there_are(server):
     page = server.http.get("/")
-    assert page.headers["content-type"].startswith("text/html") and "<title>jaxpaged" in page.text
+    assert page.headers["content-type"] == "text/html; charset=utf-8" and "<title>jaxpaged" in page.text
+    policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'self' 'unsafe-inline' data:" and policy["frame-ancestors"] == "'none'"
+    assert re.findall(r"https?://(?!www\.w3\.org/)", page.text) == [], "no outside assets"
+    assert re.findall(r"<script[^>]*src|<link[^>]*href=\"(?!data:)|@import|\son\w+=\"", page.text) == []
+    calls = re.findall(r"""fetch\("([^"]+)"(?:, \{ method: "(\w+)")?""", page.text)
+    assert len(calls) == page.text.count("fetch(") >= 3
+    for path, method in calls:
+        assert not path.startswith("/"), "behind a proxy the page may be at another path"
+        assert (method or "GET") in server.app._routes[f"/{path}"]
+    script = page.text[page.text.index("<script>") : page.text.index("</script>")]
+    ids = set(re.findall(r'\$\("(\w+)"\)', script))
+    assert ids <= set(re.findall(r'\bid="(\w+)"', page.text)) and len(ids) > 10
+
+
+def test_what_the_page_sends_is_served_and_what_it_reads_is_there(server):
+    sent = {
+        "messages": HELLO,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    page = server.http.get("/").text
+    fields = re.findall(r'<input name="(\w+)" type="number"', page)
+    assert "stream_options: { include_usage: true, continuous_usage_stats: true }" in page and "temperature" in fields
+    numbers = {
+        "temperature": 1,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.1,
+        "max_tokens": 3,
+        "seed": 1,
+        "repetition_penalty": 1,
+    }
+    assert set(fields) <= set(numbers)
+    answer = server.post("/v1/chat/completions", **sent, **{name: numbers[name] for name in fields})
+    events = [json.loads(part[6:]) for part in answer.text.split("\n\n") if part.startswith("data: {")]
+    assert {"completion_tokens", "prompt_tokens", "prompt_tokens_details"} <= set(events[-1]["usage"])
+    assert all(event["choices"][0]["delta"] is not None for event in events[:-1])
+
+
+def test_the_page_pictures_the_pool(server):
     picture = server.http.get("/pool").json()
     assert len(picture["pages"]) == picture["stats"]["pages_total"] == server.inner.stats().pages_total
 

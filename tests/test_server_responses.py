@@ -126,7 +126,7 @@ def test_logits_that_are_not_finite_fail_the_response(server, client, stream):
         ({"tools": [{"type": "web_search"}]}, "use /v1/chat/completions"),
         ({"text": {"format": {"type": "yaml"}}}, "'yaml'; known: text, json_object, json_schema"),
         ({"text": {"format": 3}}, "text.format is 3"),
-        ({"reasoning": {"effort": "high"}}, "reasoning is given, but it is not served"),
+        ({"reasoning": {"effort": "high"}}, "the reasoning effort is 'high', but the model's chat template knows none"),
         ({"truncation": "auto"}, "only 'disabled' is served"),
         ({"include": ["file_search_call.results"]}, "include names 'file_search_call.results'"),
         ({"input": []}, "messages is empty"),

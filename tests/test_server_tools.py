@@ -24,7 +24,8 @@ TEMPLATE = (
     "Call as <tool_call>\n{% endif %}"
     "{% for m in messages %}{{ m.role }}:{{ m.content }}"
     "{% for call in m.tool_calls %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}\n"
-    "{% endfor %}{% if add_generation_prompt %}assistant:{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
+    "{% endfor %}{% if reasoning_effort %}effort {{ reasoning_effort }}\n{% endif %}{{ persona }}"
+    "{% if add_generation_prompt %}assistant:{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
 )
 HELLO = [{"role": "user", "content": "ban"}]
 CITY = {
@@ -217,6 +218,46 @@ def test_special_tokens_in_tools_and_calls_are_text(server):
     assert tokenizer.decode(prompt, skip_special_tokens=False).count(special) == 3
 
 
+# What the template is told
+
+
+@pytest.mark.parametrize(
+    ("told", "end"),
+    [
+        ({"reasoning_effort": "high"}, "effort high\nassistant:<think>\n"),
+        ({"reasoning_effort": "none"}, "effort none\nassistant:"),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}, "effort low\nassistant:"),
+        ({"chat_template_kwargs": {"persona": "a bot, "}}, "ban\na bot, assistant:"),
+        ({"chat_template_kwargs": {"thinking": False}}, "ban\nassistant:"),  # clients turn it off whatever the model
+    ],
+    ids=str,
+)
+def test_what_clients_say_of_thinking_reaches_the_template(server, told, end):
+    # The template's own line ends are not all its text's.
+    assert prompt_of(server, messages=HELLO, **told).replace("\n", "").endswith(end.replace("\n", ""))
+
+
+def test_an_effort_that_no_template_knows_is_refused_and_none_at_all_is_served(server, monkeypatch):
+    monkeypatch.setattr(server.engine.tokenizer, "chat_template", "{{ messages[0].content }}")
+    asked = {"messages": HELLO, "max_tokens": 1}
+    answer = server.post("/v1/chat/completions", reasoning_effort="high", **asked)
+    assert answer.status_code == 400 and "'high', but the model's chat template knows none" in answer.text
+    assert server.post("/v1/chat/completions", reasoning_effort="none", **asked).status_code == 200
+    answer = server.post("/v1/responses", input="ban", reasoning={"effort": "high"}, max_output_tokens=1)
+    assert answer.status_code == 400 and "knows none" in answer.text
+
+
+def test_the_last_message_goes_on(server):
+    messages = [*HELLO, {"role": "assistant", "content": "Sure: "}]
+    goes_on = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    assert prompt_of(server, **goes_on) == "user:banassistant:Sure: "
+    (special,) = (server.engine.tokenizer.backend.id_to_token(t) for t in server.engine.tokenizer.special_token_ids)
+    messages = [*HELLO, {"role": "user", "content": [{"type": "text", "text": f"a{special}b"}]}]
+    assert prompt_of(server, messages=messages, continue_final_message=True).endswith(f"user:a{special}b")
+    tokens = server.post("/tokenize", **goes_on).json()["tokens"]
+    assert server.post("/detokenize", tokens=tokens).json()["prompt"] == "user:banassistant:Sure: "
+
+
 REFUSED = [
     ({"tools": [{"type": "function"}]}, "tools[0] is"),
     ({"tools": ["weather"]}, "tools[0] is"),
@@ -236,9 +277,18 @@ REFUSED = [
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "whose arguments are no JSON object",
     ),
-    ({"chat_template_kwargs": {"tools": []}}, "known: enable_thinking and thinking"),
-    ({"chat_template_kwargs": {"enable_thinking": "x" * 99}}, "each true or false"),
+    (
+        {"chat_template_kwargs": {"tools": []}},
+        "knows enable_thinking, persona, reasoning_effort, thinking",
+    ),
+    ({"chat_template_kwargs": {"enable_thinking": "x" * 99}}, "it must be true or false"),
+    ({"chat_template_kwargs": {"bos_token": "x"}}, "sets 'bos_token'"),
     ({"functions": [{"name": "f"}]}, "functions is not served"),
+    ({"chat_template": "{{ 1 }}"}, "chat_template is not served"),
+    ({"documents": [{"text": "x"}]}, "put them in a message"),
+    ({"reasoning_effort": "much"}, "Invalid enum value 'much' - at `$.reasoning_effort`"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "a turn either goes on or begins"),
+    ({"continue_final_message": True, "messages": [{"role": "assistant", "content": ""}]}, "no text to go on from"),
 ]
 
 
@@ -286,7 +336,7 @@ def test_thoughts_are_apart_from_the_answer(client, saying, opened):
         message = client.chat.completions.create(extra_body=extra, **CALL).choices[0].message
         chunks = [c.choices[0].delta for c in client.chat.completions.create(extra_body=extra, stream=True, **CALL)]
         hidden = client.chat.completions.create(extra_body=extra | {"include_reasoning": False}, **CALL)
-    assert (message.reasoning_content, message.content) == ("So so.", "Yes.")
+    assert (message.reasoning_content, message.content) == ("So so.", "Yes.") and message.reasoning == "So so."
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in chunks) == "So so."
     assert "".join(delta.content or "" for delta in chunks) == "Yes."
     assert hidden.choices[0].message.content == "Yes." and not hasattr(hidden.choices[0].message, "reasoning_content")

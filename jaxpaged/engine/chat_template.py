@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxpaged.errors import RequestError
@@ -59,14 +60,27 @@ def _one_line(error: BaseException) -> str:
 
 
 @lru_cache(maxsize=32)
+def variables_of(template: str) -> frozenset[str]:
+    """What the template asks to be given, `messages` and the tokenizer's own tokens among it."""
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(template)))
+    except jinja2.TemplateError:  # said to be so where it is rendered
+        return frozenset()
+
+
+@lru_cache(maxsize=32)
 def _compile(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now
-    return environment.from_string(template)
+    return environment
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -80,18 +80,28 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         *,
         max_characters: int | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> list[int]:
         """The token ids of the rendered conversation; the template itself writes the special tokens.
+
+        With `continue_final_message` they end where the last message's content does, which the answer goes on with.
 
         Those written in a message, or in what is given beside messages, are text like any other: whoever writes a
         message cannot end it, or begin another's. Raises RequestError, also where the conversation has over
         `max_characters`.
         """
-        opening, closing = (f"\ufdd0{secrets.token_hex(8)}" for _ in range(2))
+        opening, closing, end = (f"\ufdd0{secrets.token_hex(8)}" for _ in range(3))
+        if continue_final_message:
+            messages, add_generation_prompt = _ended(messages, end), False
+
+        def rendered(messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+            text = self.render_chat(messages, add_generation_prompt, **variables)
+            return _before(end, text) if continue_final_message else text
+
         marked = [self._marked(message, opening, closing) for message in messages]
         given = {name: self._marked(value, opening, closing) for name, value in variables.items()}
-        text = self.render_chat(marked, add_generation_prompt, **given)
+        text = rendered(marked, given)
         if max_characters is not None and len(text) > max_characters:
             raise RequestError(
                 f"the messages have {len(text):,} characters but {max_characters:,} can fit the model's length; "
@@ -100,7 +110,7 @@ class Tokenizer:
         pieces = re.split(f"{opening}(.*?){closing}", text)
         is_marked = any(one is not other for one, other in zip(marked, messages, strict=True))
         is_marked = is_marked or any(given[name] is not value for name, value in variables.items())
-        if is_marked and "".join(pieces) != self.render_chat(messages, add_generation_prompt, **variables):
+        if is_marked and "".join(pieces) != rendered(messages, variables):
             raise RequestError(
                 "a message holds special tokens, and the chat template does more with it than to write it down; "
                 "take them out of the message"
@@ -170,6 +180,27 @@ class Tokenizer:
                 byte = BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
                 self._token_bytes[token_id] = bytes([int(byte[1], 16)]) if byte else None
         return self._token_bytes[token_id]
+
+
+def _ended(messages: Sequence[Message], end: str) -> list[Message]:
+    """The messages with a mark where the last one's content ends. Raises RequestError where it has none."""
+    last = messages[-1] if messages else None
+    match last.get("content") if isinstance(last, Mapping) else None:
+        case str(text) if text:
+            return [*messages[:-1], {**(last or {}), "content": text + end}]
+        case [*parts, {"type": "text", "text": str(text)}]:
+            return [*messages[:-1], {**(last or {}), "content": [*parts, {"type": "text", "text": text + end}]}]
+    raise RequestError("continue_final_message is true, but the last message has no text to go on from; give it some")
+
+
+def _before(end: str, text: str) -> str:
+    before, _, after = text.partition(end)
+    if len(before) == len(text) or end in after:
+        raise RequestError(
+            "continue_final_message is true, but the chat template does more with the last message than to write it "
+            "down; give the prompt to /v1/completions as text"
+        )
+    return before
 
 
 def load_tokenizer(source: str | Path | Mapping[str, Any]) -> Tokenizer | None:

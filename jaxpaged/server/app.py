@@ -7,7 +7,9 @@ import base64
 import binascii
 import hmac
 import logging
+import re
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -37,6 +39,7 @@ from jaxpaged.server.protocol import (
     TokenizeRequest,
     decode,
 )
+from jaxpaged.server.tools import readable
 
 if TYPE_CHECKING:
     from jaxpaged.server.tracing import Tracing
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("jaxpaged")
 
 ONE_MODEL = "/v1/models/{model}"
+_REQUEST_NAME = re.compile(rb"[\x21-\x7e]{1,256}")
 OPEN_PATHS = ("/health", "/ping")  # load balancers have no key
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -112,7 +116,7 @@ class App:
         """One request. Whatever happens, it is answered once, unless the client has gone."""
         exchange = Exchange(scope, receive, send)
         try:
-            exchange.common_headers = self._origins.headers(exchange)
+            exchange.common_headers = self._origins.headers(exchange) | {"X-Request-Id": _name_of(exchange)}
             if (told := self._origins.preflight(exchange)) is not None:
                 await exchange.reply(b"", 204, headers=told)
                 return
@@ -170,16 +174,22 @@ class App:
         model = self._model(request.model)
         params = generation.completion_params(request, self.options.sampling_defaults)
         prompts = generation.completion_prompts(request.prompt)
+        if request.add_special_tokens is False:
+            prompts = [(await self._bare(prompt), text) for prompt, text in prompts]
         form = generation.CompletionForm(request, self.engine)
         await generation.answer(exchange, self.engine, request, model, prompts, params, form, self._observer(exchange))
+
+    async def _bare(self, prompt: Any) -> Any:
+        """A text's tokens with none put before or behind them."""
+        return await self.engine.offload(self._encode, prompt, False) if isinstance(prompt, str) else prompt
 
     async def _chat(self, exchange: Exchange) -> None:
         self.engine.check_room()  # before time is spent on what cannot be served
         request = _request(exchange, ChatRequest)
         model = self._model(request.model)
         asked = chat.understood(request, self.engine.tokenizer, self.options.parsers, self.options.sampling_defaults)
-        turn = request.add_generation_prompt is not False
-        token_ids = await self.engine.offload(self._encode_chat, asked.messages, turn, asked.variables)
+        turn, goes_on = request.add_generation_prompt is not False, bool(request.continue_final_message)
+        token_ids = await self.engine.offload(self._encode_chat, asked.messages, turn, goes_on, asked.variables)
         form = chat.ChatForm(asked, self.engine.tokenizer)
         prompts = [(token_ids, None)]
         await generation.answer(
@@ -191,7 +201,10 @@ class App:
         request = _request(exchange, ResponseRequest)
         model = self._model(request.model)
         params = responses.response_params(request, self.options.sampling_defaults)
-        token_ids = await self.engine.offload(self._encode_chat, responses.messages_of(request), True, {})
+        messages = responses.messages_of(request)
+        effort = request.reasoning.effort if request.reasoning is not None else None
+        variables = chat.thinking(effort, self.engine.tokenizer)
+        token_ids = await self.engine.offload(self._encode_chat, messages, True, False, variables)
         parser = self.options.parsers.reasoning
         observe = self._observer(exchange)
         await responses.answer(exchange, self.engine, request, model, token_ids, params, parser, observe)
@@ -200,9 +213,13 @@ class App:
         request = _request(exchange, EmbeddingRequest)
         await embeddings.answer(exchange, self.engine, request, self._model(request.model), self._observer(exchange))
 
-    def _encode_chat(self, messages: Sequence[Message], turn: bool, variables: Mapping[str, Any]) -> list[int]:
+    def _encode_chat(
+        self, messages: Sequence[Message], turn: bool, goes_on: bool, variables: Mapping[str, Any]
+    ) -> list[int]:
+        """`turn`: the assistant's is opened; `goes_on`: the last message's is not closed."""
         tokenizer = self._tokenizer()
-        return tokenizer.encode_chat(messages, turn, max_characters=self._max_characters(tokenizer), **variables)
+        most = self._max_characters(tokenizer)
+        return tokenizer.encode_chat(messages, turn, max_characters=most, continue_final_message=goes_on, **variables)
 
     def _observer(self, exchange: Exchange) -> generation.Observer:
         """Told of each request that was made for this exchange."""
@@ -237,8 +254,11 @@ class App:
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("give either prompt or messages")
         if request.messages is not None:
-            turn = request.add_generation_prompt is not False
-            token_ids = await self.engine.offload(self._encode_chat, request.messages, turn, {})
+            turn, goes_on = request.add_generation_prompt is not False, bool(request.continue_final_message)
+            variables = chat.template_variables(request.chat_template_kwargs, self.engine.tokenizer)
+            variables |= {"tools": request.tools} if request.tools else {}
+            messages = readable(request.messages)
+            token_ids = await self.engine.offload(self._encode_chat, messages, turn, goes_on, variables)
         else:
             special = request.add_special_tokens is not False
             token_ids = await self.engine.offload(self._encode, request.prompt, special)
@@ -389,6 +409,12 @@ def _request(exchange: Exchange, kind: type[R]) -> R:
     if told != b"application/json":
         raise Fault(415, f"the body is {told.decode('latin-1') or 'of no type'}; send `Content-Type: application/json`")
     return decode(exchange.take_body(), kind)
+
+
+def _name_of(exchange: Exchange) -> str:
+    """What whoever asks calls the request, so that answers are found again in logs; else a name of ours."""
+    given = exchange.headers.get(b"x-request-id", b"")
+    return given.decode() if _REQUEST_NAME.fullmatch(given) else uuid.uuid4().hex
 
 
 def _given_key(header: bytes) -> bytes:

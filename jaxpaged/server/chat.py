@@ -8,22 +8,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jaxpaged.engine.chat_template import Message
+from jaxpaged.engine.chat_template import Message, variables_of
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import RequestError
 from jaxpaged.outputs import CompletionOutput, RequestOutput
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.server.answers import Json, TokenNames, chat_logprobs, prompt_logprobs
-from jaxpaged.server.protocol import ChatRequest, sampling_params
+from jaxpaged.server.protocol import ChatRequest, Effort, sampling_params
 from jaxpaged.server.reader import OPENING, Parts, Reader
 from jaxpaged.server.tool_formats import CallPiece, format_of, parameters_of
 from jaxpaged.server.tools import ToolUse, readable, tools_of
 
 TEMPLATE_SWITCHES = ("enable_thinking", "thinking")
-"""What `chat_template_kwargs` may set: true or false."""
+"""What `chat_template_kwargs` may set for any template, true or false, and an effort to think turns on or off."""
+
+OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+"""What a template is given by other fields of a request."""
 
 REASONING_PARSERS = {"qwen3": False, "deepseek_r1": True}
 """vLLM's names; True where every answer begins with thoughts, whether or not a mark opens them."""
+
+
+THOUGHTS = ("reasoning", "reasoning_content")
+"""What clients call them: vLLM's name, and the one that it had before."""
 
 
 class Parsers(NamedTuple):
@@ -56,14 +63,50 @@ def understood(
         special = (tokenizer.backend.id_to_token(token) for token in tokenizer.special_token_ids)
         if {tools.reads.opening, tools.reads.closing} & set(special):  # they must be seen to be read
             params = replace(params, skip_special_tokens=False)
-    variables: dict[str, Any] = dict(request.chat_template_kwargs or {})
-    for name, value in variables.items():
-        if name not in TEMPLATE_SWITCHES or not isinstance(value, bool):
-            known = " and ".join(TEMPLATE_SWITCHES)
-            raise RequestError(f"chat_template_kwargs sets {name!r:.60}; known: {known}, each true or false")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise RequestError("continue_final_message and add_generation_prompt are true; a turn either goes on or begins")
+    variables = thinking(request.reasoning_effort, tokenizer)
+    variables |= template_variables(request.chat_template_kwargs, tokenizer)
     if tools is not None:
         variables["tools"] = tools.definitions
+    if request.documents:
+        if "documents" not in _declared(tokenizer):
+            raise RequestError("documents are given, but the model's chat template knows none; put them in a message")
+        variables["documents"] = request.documents
     return Chat(request, params, readable(request.messages), variables, tools, parsers.reasoning)
+
+
+def template_variables(given: Mapping[str, Any] | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """`chat_template_kwargs`: what the template itself asks for, and no other field gives. Raises RequestError."""
+    own = _declared(tokenizer) - OURS - (tokenizer.named_tokens.keys() if tokenizer is not None else set())
+    for name, value in (given or {}).items():
+        if name in TEMPLATE_SWITCHES:
+            if not isinstance(value, bool):
+                raise RequestError(f"chat_template_kwargs.{name} is {value!r:.60}; it must be true or false")
+        elif name not in own:
+            known = ", ".join(sorted(own.union(TEMPLATE_SWITCHES)))
+            raise RequestError(f"chat_template_kwargs sets {name!r:.60}; the model's chat template knows {known}")
+    return dict(given or {})
+
+
+def thinking(effort: Effort | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What tells the template how much to think, by names that it knows. Raises RequestError where there are none."""
+    declared = _declared(tokenizer)
+    if effort is None:
+        return {}
+    found: dict[str, Any] = {name: effort != "none" for name in TEMPLATE_SWITCHES if name in declared}
+    if "reasoning_effort" in declared:
+        found["reasoning_effort"] = effort
+    if not found and effort != "none":
+        raise RequestError(
+            f"the reasoning effort is {effort!r}, but the model's chat template knows none; leave it out"
+        )
+    return found
+
+
+def _declared(tokenizer: Tokenizer | None) -> frozenset[str]:
+    template = tokenizer.chat_template if tokenizer is not None else None
+    return variables_of(template) if template is not None else frozenset()
 
 
 def chat_params(request: ChatRequest, tools: ToolUse | None, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -112,7 +155,7 @@ class ChatForm:
         if calls := _joined(self._calls(index, parts.calls)):
             message |= {"content": parts.content or None, "tool_calls": calls}
         if self._reasoning is not None and self.request.include_reasoning is not False:
-            message["reasoning_content"] = parts.reasoning or None
+            message |= dict.fromkeys(THOUGHTS, parts.reasoning or None)
         return self._common(index, completion, output, True) | {"message": message}
 
     def parts(self, index: int, completion: CompletionOutput, output: RequestOutput, is_first: bool) -> list[Json]:
@@ -124,7 +167,7 @@ class ChatForm:
         parts = self._read(index, completion, output)
         delta: Json = {"content": parts.content} if parts.content else {}
         if parts.reasoning and self.request.include_reasoning is not False:
-            delta["reasoning_content"] = parts.reasoning
+            delta |= dict.fromkeys(THOUGHTS, parts.reasoning)
         if calls := self._calls(index, parts.calls):
             delta["tool_calls"] = calls
         part = self._common(index, completion, output, is_first) | {"delta": delta}

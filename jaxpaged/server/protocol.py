@@ -37,6 +37,9 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class Unserved(msgspec.Struct, kw_only=True):
     """Known to OpenAI or vLLM, and not served here but where a request `serves` them."""
 
@@ -55,6 +58,9 @@ class Unserved(msgspec.Struct, kw_only=True):
     logits_processors: Any = None
     truncate_prompt_tokens: Any = None
     prompt_embeds: Any = None
+    echo: Any = None
+    chat_template: Any = None
+    thinking_token_budget: Any = None
 
 
 ASKS_NOTHING = {
@@ -109,10 +115,13 @@ class Generation(Unserved, kw_only=True):
 class CompletionRequest(Generation, kw_only=True):
     """POST /v1/completions."""
 
+    serves: ClassVar[tuple[str, ...]] = ("echo",)
+
     best_of: int | None = None
     prompt: str | list[Any]  # text, texts, token ids or lists of them: told apart by `completion_prompts`
     echo: bool | None = None
     logprobs: int | None = None
+    add_special_tokens: bool | None = None
 
 
 class ChatRequest(Generation, kw_only=True):
@@ -125,11 +134,22 @@ class ChatRequest(Generation, kw_only=True):
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
+    documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ResponseReasoning(msgspec.Struct, kw_only=True):
+    """How much is to be thought; what is, is given as it is, whatever summary is asked for."""
+
+    effort: Effort | None = None
+    summary: Any = None
+    generate_summary: Any = None
 
 
 class ResponseText(msgspec.Struct, kw_only=True):
@@ -155,7 +175,7 @@ class ResponseRequest(Generation, kw_only=True):
     conversation: Any = None
     prompt: Any = None
     background: Any = None
-    reasoning: Any = None
+    reasoning: ResponseReasoning | None = None
     max_tool_calls: Any = None
 
 
@@ -183,6 +203,9 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 
