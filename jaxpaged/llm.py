@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,10 +18,11 @@ from jaxpaged.convert.checkpoint import orbax_tree
 from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import LoadedModel, load
 from jaxpaged.engine import exports
+from jaxpaged.engine.chat_template import TEMPLATE_SWITCHES, variables_of
 from jaxpaged.engine.compilation import Build, traced
 from jaxpaged.engine.embedding import unit_length
 from jaxpaged.engine.engine import Engine, request_ids
-from jaxpaged.engine.intake import Prompt
+from jaxpaged.engine.prompts import AnyPrompt, given, listed
 from jaxpaged.engine.report import OutputKind
 from jaxpaged.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxpaged.errors import CheckpointError, ConfigError, RequestError
@@ -28,12 +32,16 @@ from jaxpaged.model.spec import Decoder
 from jaxpaged.outputs import Pooling, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
+_MOMENT = 5e-4  # seconds: under a hundredth of most steps
+
+_OF_ANY_TEMPLATE = ("add_generation_prompt", "continue_final_message", *TEMPLATE_SWITCHES)
+
 Message = Mapping[str, Any]
 """{"role": "user", "content": "..."}"""
 
 
 class LLM:
-    """A language model ready to generate. One thread uses it."""
+    """A language model ready to generate. Threads that use it at once have their requests batched together."""
 
     def __init__(
         self,
@@ -84,6 +92,8 @@ class LLM:
         )
         self._ids = request_ids()
         self._inbox: dict[str, list[RequestOutput]] = {}  # outputs of requests that are being waited for
+        self._lock = threading.Lock()  # around every use of the engine
+        self._threads: set[int] = set()  # that wait for it
 
     @classmethod
     def from_export(cls, path: str | Path, *, tokenizer: str | Path | Tokenizer | None = None, **settings: Any) -> LLM:
@@ -102,17 +112,18 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: AnyPrompt | Iterable[AnyPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete every prompt (text or token ids); outputs come in the order of the prompts.
+        """Complete every prompt; outputs come in the order of the prompts.
 
+        A prompt is text, token ids (a list or an array), or as in vLLM {"prompt": ...} or {"prompt_token_ids": ...}.
         One `SamplingParams` serves all prompts, or each has its own. Raises RequestError before anything runs where one
         of them cannot be served.
         """
-        return self._run(_as_list(prompts), sampling_params, use_tqdm)
+        return self._run(listed(prompts), sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -120,47 +131,55 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, rendered with the model's chat template."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [self.encode_chat(conversation, **template_variables) for conversation in conversations]  # type: ignore[arg-type]
+        """Answer one conversation or several, rendered with the model's chat template, or another.
+
+        What the template asks for, such as `tools` or `enable_thinking`, is given by name or in `chat_template_kwargs`.
+        """
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        variables = {**(chat_template_kwargs or {}), **template_variables}
+        prompts = [self.encode_chat(c, chat_template=chat_template, **variables) for c in conversations]
         return self._run(prompts, sampling_params, use_tqdm)
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+        self, prompts: AnyPrompt | Iterable[AnyPrompt], params: BeamSearchParams, *, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         """Continue every prompt by beam search; the `outputs` of each are its hypotheses, best first."""
-        return self._run(_as_list(prompts), params, use_tqdm)
+        return self._run(listed(prompts), params, use_tqdm)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self, prompt: AnyPrompt, sampling_params: SamplingParams | None = None
     ) -> Generator[RequestOutput, None, None]:
         """Complete one prompt, yielding what is new as it comes; closing the iterator ends the request."""
         request_id = self._add(prompt, sampling_params, "delta")
         try:
             while True:
-                for output in self._inbox[request_id]:
-                    yield output
+                while inbox := self._inbox[request_id]:
+                    yield (output := inbox.pop(0))
                     if output.finished:
                         return
-                self._inbox[request_id].clear()
                 self._step()
         finally:
             self._forget([request_id])
 
     def score(
-        self, prompts: Prompt | Sequence[Prompt], completions: Sequence[Prompt] | None = None
+        self, prompts: AnyPrompt | Iterable[AnyPrompt], completions: Iterable[AnyPrompt] | None = None
     ) -> list[np.ndarray]:
         """log p(token | those before it) of every token of each prompt but the first: float32 arrays [tokens - 1].
 
         With `completions`, one for each prompt, of the tokens of each completion after its prompt: [tokens].
         """
-        return self.engine.score(_as_list(prompts), completions)
+        before = [given(prompt).prompt for prompt in listed(prompts)]
+        after = [given(completion).prompt for completion in completions] if completions is not None else None
+        with self._alone():
+            return self.engine.score(before, after)
 
     def embed(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: AnyPrompt | Iterable[AnyPrompt],
         pooling: Pooling = "mean",
         *,
         normalize: bool = True,
@@ -171,18 +190,28 @@ class LLM:
         They are the model's after its last norm. With `normalize` each vector has length 1. A prompt whose logits were
         not finite gets NaNs. Raises RequestError before anything runs where a prompt cannot be served.
         """
-        requests = (self._add(prompt, None, "final", pooling) for prompt in _as_list(prompts))
+        requests = (self._add(prompt, None, "final", pooling) for prompt in listed(prompts))
         outputs = self._wait(requests, "embedding", use_tqdm)
         nothing = np.full(self.engine.spec.dim, np.nan, np.float32)
         rows = [output.embedding if output.embedding is not None else nothing for output in outputs]
         vectors = np.stack(rows) if rows else np.zeros((0, len(nothing)), np.float32)
         return unit_length(vectors) if normalize else vectors
 
-    def encode_chat(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
-        """The token ids of a conversation, ready for the assistant's answer."""
+    def encode_chat(
+        self, messages: Sequence[Message], *, chat_template: str | None = None, **template_variables: Any
+    ) -> list[int]:
+        """The token ids of a conversation, ready for the assistant's answer.
+
+        `add_generation_prompt=False` opens no answer, `continue_final_message=True` goes on with the last message.
+        """
         if self.tokenizer is None:
             raise RequestError("the model came without a tokenizer; give prompts to generate as token ids")
-        return self.tokenizer.encode_chat(messages, **template_variables)
+        asked = variables_of(chat_template or self.tokenizer.chat_template or "")
+        for name, value in template_variables.items():
+            if name not in asked and name not in _OF_ANY_TEMPLATE and value is not None:
+                known = ", ".join(sorted(asked - self.tokenizer.named_tokens.keys() - {"messages"}))
+                raise RequestError(f"the chat template asks for no {name!r}; known: {known or 'nothing'}")
+        return self.tokenizer.encode_chat(messages, chat_template=chat_template, **template_variables)
 
     def follow(self) -> bool:
         """In every process but 0, where a mesh spans several: take part in what process 0's LLM does, until it releases
@@ -205,13 +234,24 @@ class LLM:
         """
         self.engine.runner.end()
 
+    def sleep(self, level: Literal[1, 2] = 1) -> None:
+        """Give back the pool's memory and, at level 2, the weights': `Engine.sleep`."""
+        with self._alone():
+            self.engine.sleep(level)
+
+    def wake_up(self, params: Params | None = None) -> None:
+        """Make the pool again, after `sleep`: `Engine.wake_up`."""
+        with self._alone():
+            self.engine.wake_up(params)
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        self.engine.reset_prefix_cache()
+        with self._alone():
+            self.engine.reset_prefix_cache()
 
     def _run(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[AnyPrompt],
         params: SamplingParams | Sequence[SamplingParams] | BeamSearchParams | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
@@ -248,35 +288,52 @@ class LLM:
 
     def _add(
         self,
-        prompt: Prompt,
+        prompt: AnyPrompt,
         params: SamplingParams | BeamSearchParams | None,
         kind: OutputKind,
         pooling: Pooling | None = None,
     ) -> str:
-        request_id = next(self._ids)
-        if isinstance(params, BeamSearchParams):
-            self.engine.add_beam_search(request_id, prompt, params)
-        else:
-            self.engine.add_request(request_id, prompt, params, output_kind=kind, pooling=pooling)
-        self._inbox[request_id] = []
+        plain, text, salt = given(prompt)
+        with self._alone():
+            request_id = next(self._ids)
+            if isinstance(params, BeamSearchParams):
+                self.engine.add_beam_search(request_id, plain, params, prompt_text=text, cache_salt=salt)
+            else:
+                self.engine.add_request(
+                    request_id, plain, params, output_kind=kind, prompt_text=text, cache_salt=salt, pooling=pooling
+                )
+            self._inbox[request_id] = []
         return request_id
 
     def _step(self) -> None:
-        for output in self.engine.step():
-            if output.request_id in self._inbox:
-                self._inbox[output.request_id].append(output)
+        """One step for all threads; each finds its outputs in the inbox."""
+        with self._alone():
+            for output in self.engine.step():
+                if output.request_id in self._inbox:
+                    self._inbox[output.request_id].append(output)
+        if self._threads:  # that wait: who steps all the time would leave them no moment to come in
+            time.sleep(_MOMENT)
 
     def _forget(self, request_ids: Sequence[str]) -> None:
         """Whatever ended the wait, nothing of these requests stays behind."""
-        for request_id in request_ids:
-            self._inbox.pop(request_id, None)
-            self.engine.abort(request_id)
+        with self._alone():
+            for request_id in request_ids:
+                self._inbox.pop(request_id, None)
+                self.engine.abort(request_id)
 
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The engine is this thread's, once no other has it."""
+        me = threading.get_ident()
+        self._threads.add(me)
+        try:
+            self._lock.acquire()
+        finally:
+            self._threads.discard(me)
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 def _load_orbax(path: str | Path, dtype: str, placement: Placement | None) -> tuple[Decoder, Params]:

@@ -21,6 +21,9 @@ from jaxpaged.errors import RequestError
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...}; the content is text, or OpenAI's list of text parts."""
 
+TEMPLATE_SWITCHES = ("enable_thinking", "thinking")
+"""What callers may set for any template, true or false; an effort to think turns them on or off."""
+
 
 def render_chat(template: str, messages: Sequence[Message], **variables: Any) -> str:
     """The conversation as one text. `variables` reach the template: add_generation_prompt, tools, bos_token, ...

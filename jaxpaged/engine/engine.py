@@ -22,8 +22,9 @@ from jaxpaged.engine.detokenizer import Detokenizer
 from jaxpaged.engine.grammar import Grammar, GrammarError
 from jaxpaged.engine.groups import Groups
 from jaxpaged.engine.host_tier import HostTier
-from jaxpaged.engine.intake import EMBEDDING, Intake, Prompt
+from jaxpaged.engine.intake import EMBEDDING, Intake
 from jaxpaged.engine.page_map import PageInfo
+from jaxpaged.engine.prompts import Prompt
 from jaxpaged.engine.report import OutputKind, Tracked, report, take_prompt_logprobs, token_logprobs
 from jaxpaged.engine.request import Sequence, seed_words
 from jaxpaged.engine.runner import InFlight, Runner
@@ -132,6 +133,8 @@ class Engine:
         what `grammar(params)` gave; without it, structured outputs are compiled here.
         """
         params = params or (SamplingParams() if pooling is None else EMBEDDING)
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"the sampling parameters are {params!r:.80}; give a SamplingParams")
         self._check_room(request_id)
         request = self._intake.request(
             request_id,

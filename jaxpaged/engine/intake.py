@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine.grammar import Grammar, Grammars
+from jaxpaged.engine.prompts import Prompt
 from jaxpaged.engine.request import Request, Sequence, seed_words
 from jaxpaged.engine.scheduler import LONG_ROPE
 from jaxpaged.engine.tokenizer import Tokenizer
@@ -21,9 +22,6 @@ from jaxpaged.model.sampling import MAX_LOGPROBS
 from jaxpaged.model.spec import Decoder, DynamicNtkScaling, LongRopeScaling
 from jaxpaged.outputs import Pooling, RequestMetrics
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
-
-Prompt = str | Seq[int]
-"""Text, or token ids."""
 
 EMBEDDING = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
 """The parameters of a request for an embedding: it ends where its one token would be taken."""

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxpaged.engine.intake import Intake, Prompt
+from jaxpaged.engine.intake import Intake
+from jaxpaged.engine.prompts import Prompt
 from jaxpaged.engine.request import Request
 from jaxpaged.errors import RequestError
 from jaxpaged.outputs import RequestOutput

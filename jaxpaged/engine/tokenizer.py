@@ -67,12 +67,20 @@ class Tokenizer:
         """The most characters that one token stands for; in a text of unknown characters one may stand for more."""
         return max(map(len, self.backend.get_vocab()), default=1)
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str:
         """The conversation as text, ready for the assistant's answer. Raises RequestError."""
-        if self.chat_template is None:
+        template = chat_template if chat_template is not None else self.chat_template
+        if template is None:
             raise RequestError("the model has no chat template; give its prompt to generate as text or token ids")
         given = self.named_tokens | variables
-        return render_chat(self.chat_template, messages, add_generation_prompt=add_generation_prompt, **given)
+        return render_chat(template, messages, add_generation_prompt=add_generation_prompt, **given)
 
     def encode_chat(
         self,
@@ -81,11 +89,13 @@ class Tokenizer:
         *,
         max_characters: int | None = None,
         continue_final_message: bool = False,
+        chat_template: str | None = None,
         **variables: Any,
     ) -> list[int]:
         """The token ids of the rendered conversation; the template itself writes the special tokens.
 
-        With `continue_final_message` they end where the last message's content does, which the answer goes on with.
+        `chat_template` is one to use instead of the model's. With `continue_final_message` they end where the last
+        message's content does, which the answer goes on with.
 
         Those written in a message, or in what is given beside messages, are text like any other: whoever writes a
         message cannot end it, or begin another's. Raises RequestError, also where the conversation has over
@@ -96,7 +106,7 @@ class Tokenizer:
             messages, add_generation_prompt = _ended(messages, end), False
 
         def rendered(messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
-            text = self.render_chat(messages, add_generation_prompt, **variables)
+            text = self.render_chat(messages, add_generation_prompt, chat_template=chat_template, **variables)
             return _before(end, text) if continue_final_message else text
 
         marked = [self._marked(message, opening, closing) for message in messages]

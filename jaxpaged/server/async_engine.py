@@ -22,7 +22,8 @@ import numpy as np
 from jaxpaged.engine.embedding import unit_length
 from jaxpaged.engine.engine import Engine, request_ids
 from jaxpaged.engine.grammar import Grammar
-from jaxpaged.engine.intake import EMBEDDING, Prompt
+from jaxpaged.engine.intake import EMBEDDING
+from jaxpaged.engine.prompts import AnyPrompt, Prompt, given
 from jaxpaged.engine.report import OutputKind
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.errors import EngineDeadError, QueueFullError, RequestError
@@ -99,7 +100,7 @@ class AsyncEngine:
 
     async def generate(
         self,
-        prompt: Prompt,
+        prompt: AnyPrompt,
         params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
@@ -112,15 +113,16 @@ class AsyncEngine:
         Raises RequestError where it cannot be served, QueueFullError where it cannot be now, EngineDeadError.
         """
         request_id = next(self._ids) if request_id is None else request_id
-        params = params or SamplingParams()
-        request = NewRequest(request_id, prompt, params, output_kind, priority=priority, cache_salt=cache_salt)
+        prompt, text, salt = given(prompt)
+        params, salt = params or SamplingParams(), cache_salt or salt
+        request = NewRequest(request_id, prompt, params, output_kind, text, priority=priority, cache_salt=salt)
         async with aclosing(self._outputs(request)) as outputs:
             async for output in outputs:
                 yield output
 
     async def embed(
         self,
-        prompt: Prompt,
+        prompt: AnyPrompt,
         pooling: Pooling = "mean",
         request_id: str | None = None,
         *,
@@ -130,8 +132,10 @@ class AsyncEngine:
     ) -> np.ndarray:
         """One prompt's embedding, float32 [dim], as `LLM.embed` gives it; the same errors as of `generate`."""
         request_id = next(self._ids) if request_id is None else request_id
+        prompt, _, salt = given(prompt)
+        salt = cache_salt or salt
         request = NewRequest(
-            request_id, prompt, EMBEDDING, "final", priority=priority, cache_salt=cache_salt, pooling=pooling
+            request_id, prompt, EMBEDDING, "final", priority=priority, cache_salt=salt, pooling=pooling
         )
         async with aclosing(self._outputs(request)) as outputs:
             vector = (await anext(outputs)).embedding

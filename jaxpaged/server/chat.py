@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jaxpaged.engine.chat_template import Message, variables_of
+from jaxpaged.engine.chat_template import TEMPLATE_SWITCHES, Message, variables_of
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import RequestError
 from jaxpaged.outputs import CompletionOutput, RequestOutput
@@ -18,9 +18,6 @@ from jaxpaged.server.protocol import ChatRequest, Effort, sampling_params
 from jaxpaged.server.reader import OPENING, Parts, Reader
 from jaxpaged.server.tool_formats import CallPiece, format_of, parameters_of
 from jaxpaged.server.tools import ToolUse, readable, tools_of
-
-TEMPLATE_SWITCHES = ("enable_thinking", "thinking")
-"""What `chat_template_kwargs` may set for any template, true or false, and an effort to think turns on or off."""
 
 OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 """What a template is given by other fields of a request."""
