@@ -1,11 +1,13 @@
 """One of several processes that run a model together: python process.py ADDRESS NUM ID MODEL DEVICES [LINGER].
 
-The leader answers greedily, prints its tokens and, with LINGER, goes on until it is killed.
+STAGES in the environment says in how many pipeline stages it lies. The leader answers greedily, prints its tokens and,
+with LINGER, goes on until it is killed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import jax
@@ -26,10 +28,16 @@ DRAWN = SamplingParams(seed=3, top_p=0.9, max_tokens=8, allowed_token_ids=[3, 5,
 
 if int(num) > 1:
     distributed.start(address, int(num), int(process))
-llm = LLM(model, tensor_parallel_size=len(jax.devices()), warmup=False, **SETTINGS)
+stages = int(os.environ.get("STAGES", 1))
+sizes = {"pipeline_parallel_size": stages, "tensor_parallel_size": len(jax.devices()) // stages}
+llm = LLM(model, warmup=False, **sizes, **SETTINGS)
 told = {"read": BYTES_READ.total, "stored": open_checkpoint(model).nbytes}
 if distributed.is_leader():
     outputs = llm.generate(PROMPTS, [GREEDY, EDITED, DRAWN], use_tqdm=False)
+    if stages > 1:
+        of = llm.engine.runner.functions
+        made = {key for key in llm.engine.runner._compiler._functions if key[0] == "move"}
+        told["moves"] = len(made), len(made - {of._links.key(*moved) for moved in of._moved()})
     told["tokens"] = [[list(c.token_ids) for c in o.outputs] for o in outputs]
     llm.engine.sleep()
     llm.engine.wake_up()

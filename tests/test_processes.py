@@ -45,9 +45,10 @@ def free_port() -> int:
 class Processes:
     """`num` that run a script with their address, `num`, their id and more; killed at the end, or if they take long."""
 
-    def __init__(self, script: str, num: int, *more: str) -> None:
+    def __init__(self, script: str, num: int, *more: str, stages: int = 1) -> None:
         address = f"127.0.0.1:{free_port()}"
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "PYTHONUNBUFFERED": "1"}
+        environment["STAGES"] = str(stages)
         self.all = [
             subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name(script)), address, str(num), str(process), *more],
@@ -104,17 +105,28 @@ def alone(model: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("num", "lost", "meanwhile"), [pytest.param(2, 1, "steps", marks=pytest.mark.long), (2, 1, "idle"), (4, 0, "steps")]
+    ("num", "stages", "lost", "meanwhile"),
+    [
+        pytest.param(2, 1, 1, "steps", marks=pytest.mark.long),
+        (2, 1, 1, "idle"),
+        (4, 1, 0, "steps"),
+        (2, 2, 1, "steps"),
+        pytest.param(4, 2, 3, "steps", marks=pytest.mark.long),
+    ],
 )
 def test_processes_answer_as_one_and_end_as_one(
-    model: Path, alone: dict[str, Any], num: int, lost: int, meanwhile: str
+    model: Path, alone: dict[str, Any], num: int, stages: int, lost: int, meanwhile: str
 ) -> None:
-    with Processes("process.py", num, str(model), "1", meanwhile) as processes:
+    with Processes("process.py", num, str(model), "1", meanwhile, stages=stages) as processes:
         told = [processes.told(index) for index in range(num)]
         assert told[0]["tokens"] == alone["tokens"]
         assert told[0]["again"] == alone["again"]
         for each in told:
             assert each["read"] <= 1.1 * each["stored"] / num
+        if stages > 1:
+            made, unplanned = told[0]["moves"]
+            assert made > 5
+            assert unplanned == 0, "moves that a warm-up would not have compiled"
         time.sleep(0.5)
         processes.all[lost].send_signal(signal.SIGKILL)
         killed = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import types
 import typing
@@ -10,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import Field, fields
 from typing import Any
 
-from jaxpaged.config import EngineConfig
+from jaxpaged.config import PARALLEL_SIZES, EngineConfig
 from jaxpaged.errors import ConfigError
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.settings import Settings
@@ -72,10 +73,12 @@ def join_processes(args: argparse.Namespace) -> bool:
     from jaxpaged import distributed
 
     distributed.start(*given)
-    if (size := getattr(args, "tensor_parallel_size", 1)) < distributed.num_processes():
+    sizes = {name: getattr(args, name, 1) for name in PARALLEL_SIZES}
+    if (size := math.prod(sizes.values())) < distributed.num_processes():
         raise ConfigError(
-            f"tensor_parallel_size is {size} but there are {distributed.num_processes()} processes; set it to the "
-            "number of all their devices"
+            f"tensor_parallel_size is {sizes['tensor_parallel_size']}, which with the other sizes makes {size} "
+            f"device(s), but there are {distributed.num_processes()} processes; raise it, or pipeline_parallel_size, "
+            "until there are as many as all have together"
         )
     return distributed.is_leader()
 

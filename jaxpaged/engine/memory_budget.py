@@ -33,9 +33,10 @@ def affordable_pages(config: EngineConfig, spec: Decoder, dtype: Any, placement:
         shards, parts = 1, placement.num_shards("data")
     else:
         places, shards, parts = list(placement.stages), placement.num_shards("attention"), 1
-    return min(
+    return min(  # whoever has no device of a stage, others ask theirs
         _of_stage(config, replace(spec, blocks=spec.blocks[s.begin : s.end]), dtype, p.mesh.devices.flat, shards, parts)
         for s, p in zip(stages, places, strict=True)
+        if not {*p.mesh.devices.flat}.isdisjoint(jax.local_devices())
     )
 
 
@@ -43,9 +44,8 @@ def _of_stage(
     config: EngineConfig, spec: Decoder, dtype: Any, devices: Iterable[jax.Device], shards: int, parts: int = 1
 ) -> int:
     """Pages of a stage's layers, each cut into `shards`, in one of `parts` of the memory of its devices."""
-    every, own = list(devices), jax.local_devices()
-    here = next((device for device in every if device in own), every[0])
-    stats = here.memory_stats()
+    own = jax.local_devices()
+    stats = next(device for device in devices if device in own).memory_stats()
     if stats and "bytes_limit" in stats:
         budget = pool_budget(stats["bytes_limit"], stats["bytes_in_use"], config)
     else:

@@ -263,11 +263,6 @@ def make_relay(placement: Placement | None, fingerprint: str, config: EngineConf
             f"{shards} data shards over {len(spanned)} processes do not work yet; use 1, and cut layers over "
             "all devices"
         )
-    if (stages := placement.num_shards("layers")) > 1:
-        raise ConfigError(
-            f"{stages} pipeline stages over {len(spanned)} processes do not work yet; use 1, and cut layers over all "
-            "devices"
-        )
     if config.host_cache_gb:
         raise ConfigError(
             f"host_cache_gb is {config.host_cache_gb:g} over {len(spanned)} processes, whose pages the host does not "

@@ -293,6 +293,7 @@ class Runner:
             logprobs = self.functions.logprobs(bucket.num_rows)(raw, sampled.tokens, temperature)
         outputs = StepOutputs(*sampled, logprobs)
         parts, embedded = self._prompt_parts(plans, bucket, hidden), self._embedded(plans, bucket, hidden)
+        outputs, parts, embedded = self.functions.at_hand(outputs, parts, embedded)
         return InFlight(bucket.num_rows, rows, outputs, parts, embedded, self.param_version)
 
     def read(self, step: InFlight) -> InFlight:
@@ -368,7 +369,7 @@ class Runner:
             if drop_params:
                 self._drop_params()
 
-        if self._relay is None or isinstance(self.functions, StagedFunctions):  # which `make_relay` refuses
+        if self._relay is None:
             return None
         on = {SLEEP: sleep, WAKE: lambda _: self._make_pool()}
         return self._relay.follow(self.functions.named, on, until, answer)

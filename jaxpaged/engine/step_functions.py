@@ -31,9 +31,9 @@ from jaxpaged.model.stages import Stage
 from jaxpaged.model.step import ForwardOutputs, StepInputs, forward, forward_stage
 
 _ALWAYS_TRACED = ("read_pages", "write_pages", "sum_hidden")  # they know nothing of the model, and are small
-_RELAYED = (
+RELAYED = (
     *("forward", "sample", "logprobs", "edit", "restrict", "prompt_logprobs", "sum_hidden"),
-    *("scrub", "copy"),
+    *("scrub", "copy", "at_hand"),
 )
 """What other processes can be asked to call, by number."""
 
@@ -106,11 +106,11 @@ class StepFunctions:
         compiled = self._compiler.get((name, (*sizes, *of)), build, jitted, shapes)
         if self._relay is None:
             return compiled
-        return Function(self._relay, _RELAYED.index(name), sizes, compiled, shapes)
+        return Function(self._relay, RELAYED.index(name), sizes, compiled, shapes)
 
     def named(self, number: int, sizes: Sequence[int]) -> Any:
         """The function that the relay calls by a number, for sizes of which a bucket has three."""
-        name = _RELAYED[number]
+        name = RELAYED[number]
         if name in ("scrub", "copy"):
             return self.scrub() if name == "scrub" else self.copy_pages()
         return getattr(self, name)(Bucket(*sizes) if name in ("forward", "sum_hidden") else sizes[0])
@@ -279,6 +279,10 @@ class StepFunctions:
         pages = jax.tree.map(lambda leaf: _shape(count, *leaf.shape[1:], dtype=leaf.dtype), self.cache.pools)
         function = self._jit(kv_cache.write_pages, self._cache_shardings, donate=0)
         return self._compile(("write_pages", 0), function, self.cache, _shape(count), pages)
+
+    def at_hand(self, *trees: Any) -> Any:
+        """What functions gave, where process 0 can read it: it can."""
+        return trees
 
     def _logits(self, rows: int) -> Any:
         shape = self.num_shards * rows, self.spec.vocab_size

@@ -32,7 +32,7 @@ from jaxpaged.errors import ConfigError
 from jaxpaged.model.head_layout import fit_heads, fit_leaf, fitted_axes
 from jaxpaged.model.params import Params, ParamSpec, ReadPart, flatten, map_specs, param_specs
 from jaxpaged.model.spec import Decoder
-from jaxpaged.model.stages import holders, make_stages
+from jaxpaged.model.stages import array_of, holders, make_stages
 
 
 @dataclass(frozen=True)
@@ -224,13 +224,16 @@ class Placement:
         def put(path: str, leaf: ParamSpec, read: ReadPart) -> jax.Array:
             shape, sharding = want[path].shape, self.of_leaf(path, spec).sharding(*leaf.axes)
             axes = fitted_axes(path, spec, self.num_shards("attention"))
-            here = sharding.addressable_devices_indices_map(shape).values()
+            here = [cuts or () for cuts in sharding.addressable_devices_indices_map(shape).values()]
             needed = []
-            for axis, cuts in zip(axes, zip(*here, strict=True), strict=True):
-                elements = np.unique(np.concatenate([axis[cut] for cut in cuts]))
+            for index, axis in enumerate(axes):
+                elements = np.unique(np.concatenate([axis[:0], *(axis[cut[index]] for cut in here)]))
                 needed.append(elements[elements >= 0])
             held = read(*needed)
-            return jax.make_array_from_callback(shape, sharding, lambda cut: _part(held, needed, axes, cut or ()))
+            if not sharding.addressable_devices:  # it lies in another process, on another stage's devices
+                return array_of({}, shape, held.dtype, sharding)
+            part = partial(_part, held, needed, axes)
+            return jax.make_array_from_callback(shape, sharding, lambda cut: part(cut or ()), dtype=held.dtype)
 
         return put
 
@@ -298,6 +301,8 @@ def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     is_local = not isinstance(array, jax.Array) or array.is_fully_addressable
     if is_local and not sharding.is_fully_addressable:  # all processes have it, and each puts its own part
         host = np.asarray(array)
+        if not sharding.addressable_devices:
+            return array_of({}, host.shape, host.dtype, sharding)
         return jax.make_array_from_callback(host.shape, sharding, lambda cut: host[cut])
     placed: jax.Array = jax.device_put(array, sharding)
     return placed

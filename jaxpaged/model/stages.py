@@ -7,6 +7,7 @@ The first stage has the embedding and the last one the head; a tied head is the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,10 @@ def holders(path: str, spec: Decoder, stages: tuple[Stage, ...]) -> tuple[int, .
 
 def part_on(array: jax.Array, sharding: Any) -> jax.Array:
     """An array that lies on more devices, as one on those of `sharding`, which hold the same parts: nothing moves."""
-    parts = {shard.device: shard.data for shard in array.addressable_shards}
-    own = [parts[device] for device in sharding.addressable_devices_indices_map(array.shape)]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, own)
+    return array_of({s.device: s.data for s in array.addressable_shards}, array.shape, array.dtype, sharding)
+
+
+def array_of(parts: Mapping[Any, jax.Array], shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    """An array of this process's `parts` by device, of which `sharding` may take some, or none."""
+    own = [parts[device] for device in sharding.addressable_devices_indices_map(shape)]
+    return jax.make_array_from_single_device_arrays(shape, sharding, own, dtype=dtype)
