@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged import LLM, RequestError, SamplingParams, functional
+from jaxpaged import LLM, ConfigError, RequestError, SamplingParams, functional
+from jaxpaged.engine import runner
 from jaxpaged.model.blocks import BLOCK, in_blocks
 from jaxpaged.model.params import dummy_params
+from jaxpaged.model.sharding import parallel
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
 
 _NORM = Norm("rms", 1e-5)
@@ -51,14 +55,25 @@ def largest_difference(some, others):
     return max(float(np.abs(a - b).max()) for a, b in zip(some, others, strict=True))
 
 
-def test_logprobs_are_equal_alone_together_in_chunks_from_cached_prefixes_after_preemption_and_scored():
-    prompts = make_prompts(6)
-    alone = make()
+@pytest.mark.parametrize(
+    ("tensor", "data"),
+    [
+        (1, 1),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+        *(pytest.param(*sizes, marks=(pytest.mark.slow, pytest.mark.long)) for sizes in ((2, 1), (4, 1), (1, 2))),
+    ],
+)
+def test_logprobs_are_equal_alone_together_in_chunks_from_cached_prefixes_after_preemption_and_scored(tensor, data):
+    """On one device or on a mesh: the bits are that mesh's."""
+    prompts = make_prompts(6 if data == 1 else 20)
+    mesh = {"tensor_parallel_size": tensor, "data_parallel_size": data}
+    alone = make(ALONE | mesh)
     tokens, expected = generate(alone, prompts)
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, tokens, strict=True)]
     whole = alone.score(texts)
 
-    llm = make({"max_num_seqs": 3, "max_num_batched_tokens": 9, "num_pages": 33, "long_prefill_token_threshold": PAGE})
+    crowded = {"max_num_seqs": 3 * data, "max_num_batched_tokens": 9, "num_pages": 33}
+    llm = make(crowded | {"long_prefill_token_threshold": PAGE} | mesh)
     for _ in range(2):  # the second time prefixes are found
         same_tokens, logprobs = generate(llm, prompts)
         assert same_tokens == tokens
@@ -114,6 +129,29 @@ def test_scores_of_texts_without_anything_to_score_are_empty():
         llm.score([[1] * 100], [[1] * 29])
     with pytest.raises(RequestError, match="2 prompts but 1 completions; give one for each"):
         llm.score([[5], [6]], [[7]])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"prefill_context_parallel_size": 2}, "with prefill_context_parallel_size 2 yet; leave it out, or take 1"),
+        ({"pipeline_parallel_size": 2}, "with pipeline_parallel_size 2 yet"),
+    ],
+)
+def test_meshes_that_compute_rows_otherwise_are_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        make(ALONE | sizes)
+
+
+def test_meshes_whose_sums_have_an_order_of_their_own_are_refused():
+    """As if these were GPUs, and as if they were two processes'."""
+    devices = [SimpleNamespace(platform="gpu", process_index=index // 4) for index in range(8)]
+    for count, message in ((2, None), (4, "take tensor_parallel_size 2 at most"), (8, "over 2 processes yet")):
+        placement = parallel(count)
+        mesh = SimpleNamespace(devices=np.asarray(devices[:count]), shape=placement.mesh.shape)
+        object.__setattr__(placement, "mesh", mesh)
+        with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+            runner._check_invariant(placement)
 
 
 def test_requests_under_way_go_on_while_others_are_scored():

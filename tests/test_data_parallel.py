@@ -298,7 +298,6 @@ REFUSED = [
     (lambda: Placement(MESH, ShardingRules(data="rows")), "cut data along mesh axis 'rows', but the mesh has 'data'"),
     (lambda: EngineConfig(data_parallel_size=0), "data_parallel_size is 0"),
     (lambda: engine_of(2, host_cache_gb=2**-14), "host_cache_gb is .* with 2 data shards"),
-    (lambda: engine_of(2, batch_invariant=True), "batch_invariant has been proven for one device only"),
     (lambda: LLM((SPEC, {}), mesh=MESH, data_parallel_size=2), "data_parallel_size is 2; leave one of them out"),
 ]
 

@@ -196,8 +196,6 @@ def test_a_mesh_refuses_what_does_not_go_with_it():
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("model",))
     with pytest.raises(ConfigError, match="leave one of them out"):
         LLM((llama(), weights(llama())), mesh=mesh, tensor_parallel_size=2, **ENGINE)
-    with pytest.raises(ConfigError, match="batch_invariant has been proven for one device only"):
-        LLM((llama(), weights(llama())), mesh=mesh, batch_invariant=True, **ENGINE)
 
 
 @pytest.mark.slow

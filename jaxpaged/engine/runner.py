@@ -104,7 +104,7 @@ class Runner:
         where compiled functions come from.
         """
         if placement is not None and config.batch_invariant:
-            raise ConfigError("batch_invariant has been proven for one device only; leave it or the mesh out")
+            _check_invariant(placement)
         self.num_shards = 1 if placement is None else placement.num_shards("data")
         if self.num_shards > 1 and config.host_cache_gb:
             raise ConfigError(
@@ -432,6 +432,23 @@ class Runner:
         if not parts:
             return Embedded([])
         return Embedded(parts, self.functions.sum_hidden(bucket)(hidden, stack([owners for _, owners in each])))
+
+
+def _check_invariant(placement: Placement) -> None:
+    """Raise ConfigError where devices would not compute a row alike in any company."""
+    for logical, size in (("sequence", "prefill_context_parallel_size"), ("layers", "pipeline_parallel_size")):
+        if (count := placement.num_shards(logical)) > 1:
+            raise ConfigError(f"batch_invariant does not work with {size} {count} yet; leave it out, or take 1")
+    devices = list(placement.mesh.devices.flat)
+    if (count := len({device.process_index for device in devices})) > 1:
+        raise ConfigError(f"batch_invariant does not work over {count} processes yet; leave it out, or run one")
+    count = max(placement.num_shards(logical) for logical in ("heads", "ffn", "vocab"))
+    if count > 2 and devices[0].platform != "cpu":
+        # A ring adds in an order that depends on the place in the array. The sum of two has no order.
+        raise ConfigError(
+            f"batch_invariant on {count} {devices[0].platform}s that sum together, where the last bits of a sum depend "
+            "on a row's place; take tensor_parallel_size 2 at most, and data_parallel_size for the rest"
+        )
 
 
 def _edits_of(plan: Plan, bucket: Bucket) -> dict[int, RowEdits]:

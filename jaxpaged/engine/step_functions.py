@@ -191,7 +191,7 @@ class StepFunctions:
         def padded(logits: jax.Array, inputs: SamplingInputs, everyone: SamplingInputs | None = None) -> Sampled:
             """All buckets give as many tokens, so that the next step's shape does not depend on this one's."""
             if self.batch_invariant:
-                sampled = sampling.sample_in_blocks(logits, inputs)
+                sampled = sampling.sample_in_blocks(logits, inputs, everyone, self.placement)
             else:
                 sampled = sampling.sample(logits, inputs, everyone, placement=self.placement)
             return sampled._replace(tokens=jnp.pad(sampled.tokens, (0, self.max_rows - rows)))

@@ -109,9 +109,18 @@ def sample(
     return Sampled(tokens, jnp.isfinite(top))
 
 
-def sample_in_blocks(logits: Float[Array, "R V"], inputs: SamplingInputs) -> Sampled:
+def sample_in_blocks(
+    logits: Float[Array, "R V"],
+    inputs: SamplingInputs,
+    everyone: SamplingInputs | None = None,
+    placement: Placement | None = None,
+) -> Sampled:
     """As `sample`, with sums that do not depend on how many rows there are."""
-    sampled: Sampled = in_blocks(lambda part: sample(*part), (logits, inputs), inputs.positions >= 0)
+
+    def of(part: tuple[Array, SamplingInputs]) -> Sampled:
+        return sample(part[0], part[1], everyone, placement=placement)
+
+    sampled: Sampled = in_blocks(of, (logits, inputs), inputs.positions >= 0)
     return sampled
 
 
@@ -124,7 +133,8 @@ def logprobs_of(
 ) -> Logprobs:
     """Log probabilities of `tokens` and of the likeliest tokens of every row of logits, over `temperature` if given."""
     if batch_invariant:
-        found: Logprobs = in_blocks(lambda part: logprobs_of(*part), (logits, tokens, temperature), tokens >= 0)
+        block = partial(logprobs_of, placement=placement)
+        found: Logprobs = in_blocks(lambda part: block(*part), (logits, tokens, temperature), tokens >= 0)
         return found
     if temperature is not None:
         logits = logits / temperature[:, None]
@@ -165,16 +175,20 @@ def prompt_logprobs(
     """Log probabilities of `targets` after the tokens at `rows` of a step's hidden states."""
     if not batch_invariant:
         return logprobs_of(head_logits(params, hidden[rows], spec), targets, placement=placement)
-    return logprobs_in_blocks(params, hidden[rows], targets, spec)
+    return logprobs_in_blocks(params, hidden[rows], targets, spec, placement)
 
 
 def logprobs_in_blocks(
-    params: Params, hidden: Float[Array, "R M"], targets: Int[Array, " R"], spec: Decoder
+    params: Params,
+    hidden: Float[Array, "R M"],
+    targets: Int[Array, " R"],
+    spec: Decoder,
+    placement: Placement | None = None,
 ) -> Logprobs:
     """Log probabilities of `targets` after `hidden`, row by row those that sampled tokens have."""
     # Two loops: in one the softcap's product and the sum after it might be fused, which sampled tokens have apart.
     logits = in_blocks(lambda part: head_logits(params, part, spec), hidden, targets >= 0)
-    return logprobs_of(logits, targets, batch_invariant=True)
+    return logprobs_of(logits, targets, batch_invariant=True, placement=placement)
 
 
 def _drawn(

@@ -65,7 +65,7 @@ def forward(
     cache lie on its mesh, and each device attends with its heads; where it cuts data, this is one shard's step.
     """
     if batch_invariant:
-        return _forward_in_blocks(params, cache, inputs, _known(inputs, sampled), spec, attention_backend)
+        return _forward_in_blocks(params, cache, inputs, _known(inputs, sampled), spec, attention_backend, placement)
     x = _embedded(params, inputs, sampled, spec, placement)
     x, cache = _through(params["layers"], cache, inputs, x, spec.blocks, attention_backend, placement)
     return cache, _outputs(params, x, inputs, spec)
@@ -138,12 +138,8 @@ def _through(
     def attend(pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Pool]:
         if placement is None:
             return attend_here(pool, q, k, v, a, sinks, inputs)
-        heads = placement.partition(None, "attention", None)
-        pools = placement.cache_partition(pool)
-        here = placement.on_each(
-            lambda pool, q, k, v, sinks, inputs: attend_here(pool, q, k, v, a, sinks, inputs),
-            in_specs=(pools, heads, heads, heads, placement.partition("attention"), placement.partition()),
-            out_specs=(heads, pools),
+        here = _on_heads(
+            lambda pool, q, k, v, sinks, inputs: attend_here(pool, q, k, v, a, sinks, inputs), placement, pool
         )
         q, k, v = cut(q, "heads", None), cut(k, "kv_heads", None), cut(v, "kv_heads", None)
         out, pool = here(pool, q, k, v, sinks, inputs)
@@ -168,6 +164,16 @@ def _through(
     return x, KVCache(pools)
 
 
+def _on_heads(function: Callable[..., Any], placement: Placement, pool: Pool) -> Callable[..., Any]:
+    """function(pool, q, k, v, sinks, the rest) -> (out, pool) as each device computes it with its own heads."""
+    heads, pools = placement.partition(None, "attention", None), placement.cache_partition(pool)
+    return placement.on_each(
+        function,
+        in_specs=(pools, heads, heads, heads, placement.partition("attention"), placement.partition()),
+        out_specs=(heads, pools),
+    )
+
+
 class _Rows(NamedTuple):
     """Tokens, each computed as if it alone were decoded."""
 
@@ -180,7 +186,13 @@ class _Rows(NamedTuple):
 
 
 def _forward_in_blocks(
-    params: Params, cache: KVCache, inputs: StepInputs, tokens: Int[Array, " T"], spec: Decoder, backend: Backend
+    params: Params,
+    cache: KVCache,
+    inputs: StepInputs,
+    tokens: Int[Array, " T"],
+    spec: Decoder,
+    backend: Backend,
+    placement: Placement | None,
 ) -> tuple[KVCache, ForwardOutputs]:
     """The step as a loop over blocks of tokens (see `blocks.py`), those of prompts too: all are decoded.
 
@@ -200,15 +212,23 @@ def _forward_in_blocks(
         table = inputs.page_table[rows.sequence]
 
         def attend(pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Pool]:
-            pool = kv_cache.write(pool, k, v, slots)
-            # Splits would be cut by how long the other rows are.
-            options = _options(pool, a, sinks, backend) | {"num_splits": 1}
-            return paged_attention(q, pool.pages, table, rows.kv_lens, **options), pool
+            def here(pool: Pool, q: Array, k: Array, v: Array, sinks: Any, block: Any) -> tuple[Array, Pool]:
+                slots, table, kv_lens = block
+                pool = kv_cache.write(pool, k, v, slots)
+                # Splits would be cut by how long the other rows are.
+                options = _options(pool, a, sinks, backend) | {"num_splits": 1}
+                return paged_attention(q, pool.pages, table, kv_lens, **options), pool
+
+            each = here if placement is None else _on_heads(here, placement, pool)
+            return each(pool, q, k, v, sinks, (slots, table, rows.kv_lens))
 
         hidden, pools = hidden_states(params, rows.token_ids, rows.positions, rows.rope_lens, spec, pools, attend)
         return pools, hidden
 
-    pools, hidden = carry_blocks(one_block, cache.pools, rows, kv_lens > 0)
+    # Data shards that sum inside go round equally often, so that no device can wait for one that is done.
+    sums = placement is not None and placement.num_shards("data") not in (1, placement.mesh.size)
+    goes_on = inputs.positions >= 0 if sums else kv_lens > 0
+    pools, hidden = carry_blocks(one_block, cache.pools, rows, goes_on)
     wanted = in_blocks(lambda part: logits(params, part, spec), hidden[inputs.logit_rows], inputs.logit_rows >= 0)
     return KVCache(pools), ForwardOutputs(wanted, hidden)
 
