@@ -163,6 +163,7 @@ def resolve_dtype(name: str, stored: np.dtype[Any] | None) -> np.dtype[Any]:
     """The numpy dtype meant by "auto" or by a name; `stored` is a checkpoint's. Raises CheckpointError for a name that
     we do not load as.
     """
+    name = {"float": "float32", "half": "float16"}.get(name, name)  # vLLM's other names
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import NamedTuple, NoReturn
 
+from jaxpaged.cli.options import unknown_flags
 from jaxpaged.errors import JaxpagedError
 
 
@@ -44,12 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="jaxpaged", description="LLM inference native to JAX.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.help, description=command.help)
-        if argv[:1] == [name]:
-            importlib.import_module(command.module).add_arguments(subparser)
-    args = parser.parse_args(argv)
     try:
+        for name, command in COMMANDS.items():
+            subparser = commands.add_parser(name, help=command.help, description=command.help)
+            if argv[:1] == [name]:
+                importlib.import_module(command.module).add_arguments(subparser)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            chosen: Parser = commands.choices[args.command]
+            chosen.error(unknown_flags(unknown, chosen))
         return int(importlib.import_module(COMMANDS[args.command].module).run(args))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib
 import io
 import json
 import re
@@ -15,7 +17,7 @@ from tiny_chat_model import write_chat_model
 from jaxpaged import LLM, EngineConfig, SamplingParams
 from jaxpaged.__main__ import main
 from jaxpaged.cli.chat import Chat
-from jaxpaged.cli.options import field_help
+from jaxpaged.cli.options import INSTEAD, field_help
 
 SMALL = ["--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--num-pages", "64", "--temperature", "0"]
 
@@ -124,6 +126,21 @@ REFUSED = [
     (["generate", "/no/such/model", "x"], "/no/such/model does not exist"),
     (["generate", "MODEL", "a" * 600, *SMALL], "the prompt has 600 tokens but max_model_len is 512"),
     (["chat", "/no/such/model"], "/no/such/model does not exist"),
+    (["generate", "MODEL", "x", "--max-model-len", "8q"], "argument --max-model-len: invalid int value: '8q'"),
+    (["generate", "MODEL", "x", "--max-model-len", "8k"], "max_model_len is 8,000 but the model was made for 512"),
+    (["generate", "MODEL", "x", "--max-model-len", "1.5k"], "max_model_len is 1,500 but"),
+    (["generate", "MODEL", "x", "--max-model-len", "8K"], "max_model_len is 8,192 but"),
+    (["serve", "--model", "MODEL"], "there is no --model: the model stands first, without a flag; see `jaxpaged serve"),
+    (
+        ["serve", "MODEL", "--trust-remote-code"],
+        "there is no --trust-remote-code: a checkpoint's own code is",
+    ),
+    (["serve", "MODEL", "--tool-call-parsers", "x"], "--tool-call-parsers x; did you mean --tool-call-parser?"),
+    (["serve", "MODEL", "--chat-template", "/no/such"], "--chat-template is '/no/such', which cannot be read"),
+    (
+        ["serve", "MODEL", "--chat-template", "{% if %}"],
+        "--chat-template is no template: line 1: Expected",
+    ),
     (["bench", "speed"], "invalid choice: 'speed'"),
     (["bench", "memory", "--num-requests", "0"], "--num-requests is 0 and --page-size 16; both must be at least 1"),
     (["convert", "/no/such/model", "/no/such/folder"], "/no/such/model does not exist"),
@@ -146,12 +163,29 @@ def test_wrong_line_of_a_prompt_file_is_named(jaxpaged, folder, tmp_path, line):
     assert status == 2 and "p.jsonl, line 2 " in err
 
 
-def test_chat_needs_a_template(jaxpaged, folder, tmp_path):
+def test_chat_needs_a_template(jaxpaged, folder, llm, tmp_path):
     for path in folder.iterdir():
         if path.name != "tokenizer_config.json":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     status, _, err = jaxpaged("chat", tmp_path, *SMALL)
-    assert status == 2 and "has no chat template; use `jaxpaged generate`" in err
+    assert status == 2 and "has no chat template; use `jaxpaged generate`, or give --chat-template" in err
+    (tmp_path / "mine.jinja").write_text("{{ messages[-1].content }}")
+    flags = ["--chat-template", tmp_path / "mine.jinja", "--max-tokens", 4, *SMALL]
+    status, out, _ = jaxpaged("chat", tmp_path, *flags, stdin="ban")
+    assert status == 0 and greedy(llm, "ban", max_tokens=4).text in out
+
+
+def test_vllms_names_of_dtypes_are_known(jaxpaged, folder):
+    by_one, by_other = (
+        jaxpaged("generate", folder, "ban", *SMALL, "--dtype", name)[:2] for name in ("float", "float32")
+    )
+    assert by_one == by_other and by_one[0] == 0
+
+
+def test_no_flag_that_is_said_not_to_be_there_is_one():
+    parser = argparse.ArgumentParser()
+    importlib.import_module("jaxpaged.cli.serve").add_arguments(parser)
+    assert not INSTEAD.keys() & parser._option_string_actions.keys()
 
 
 def test_a_defect_of_ours_is_one_line_too(jaxpaged, monkeypatch):

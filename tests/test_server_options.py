@@ -90,6 +90,12 @@ def test_a_broken_file_is_named(folder, tmp_path, capsys, text):
     assert f"cannot use {tmp_path / 'generation_config.json'}" in capsys.readouterr().err
 
 
+def test_the_operators_template_stands_before_the_checkpoints(folder):
+    with running(folder, chat_template="{{ messages[0].content }}") as server:
+        tokens = server.post("/tokenize", messages=[{"role": "user", "content": "ban"}]).json()["tokens"]
+        assert tokens == server.engine.tokenizer.encode("ban")
+
+
 # Other sites' pages
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from jaxpaged.cli.options import chat_template
 from jaxpaged.errors import ConfigError
 
 
@@ -15,6 +16,11 @@ def add_answer_arguments(group: Any) -> None:
         metavar="NAME",
         help="how the model writes calls of tools: hermes, llama3_json, mistral, pythonic, qwen or qwen3_coder "
         "(default: as its chat template says)",
+    )
+    group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja template for chats, in a file or as it is (default: the checkpoint's)",
     )
     group.add_argument(
         "--reasoning-parser",
@@ -32,7 +38,7 @@ def add_answer_arguments(group: Any) -> None:
 
 
 def answer_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of ServerOptions. Raises ConfigError; needs the extra `serve`."""
+    """Fields of ServerOptions, and `chat_template`. Raises ConfigError; needs the extra `serve`."""
     from jaxpaged.server.chat import REASONING_PARSERS, Parsers
     from jaxpaged.server.generation_config import sampling_defaults
     from jaxpaged.server.tool_formats import FORMATS
@@ -44,4 +50,8 @@ def answer_options(args: argparse.Namespace) -> dict[str, Any]:
     ):
         if name is not None and name not in known:
             raise ConfigError(f"{flag} is {name!r}; known: {', '.join(known)}")
-    return {"parsers": parsers, "sampling_defaults": sampling_defaults(args.generation_config, args.model)}
+    return {
+        "chat_template": chat_template(args.chat_template),
+        "parsers": parsers,
+        "sampling_defaults": sampling_defaults(args.generation_config, args.model),
+    }

@@ -13,7 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from jaxpaged.cli.options import add_engine_arguments, add_sampling_arguments, engine_options, sampling_params
+from jaxpaged.cli.options import (
+    add_engine_arguments,
+    add_sampling_arguments,
+    chat_template,
+    engine_options,
+    sampling_params,
+)
 from jaxpaged.errors import RequestError
 
 if TYPE_CHECKING:
@@ -27,19 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add_engine_arguments(parser)
     parser.add_argument("--system", help="instructions that stand before the conversation")
+    parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template (default: the checkpoint's)")
     parser.add_argument("--stats", action="store_true", help="show tokens and tokens/s after each answer")
     add_sampling_arguments(parser, leave_out=("n", "best_of", "logprobs", "prompt_logprobs"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Read a line, answer it, until the end of the input. Raises JaxpagedError where the model cannot be loaded."""
-    params = sampling_params(args, max_tokens=None)
+    params, template = sampling_params(args, max_tokens=None), chat_template(args.chat_template)
 
     from jaxpaged import LLM  # only here: `--help` needs no jax
 
     llm = LLM(args.model, **({"max_num_seqs": 1} | engine_options(args)))
+    if llm.tokenizer is not None and template is not None:
+        llm.tokenizer.chat_template = template
     if llm.tokenizer is None or llm.tokenizer.chat_template is None:
-        raise RequestError(f"{args.model} has no chat template; use `jaxpaged generate`")
+        raise RequestError(f"{args.model} has no chat template; use `jaxpaged generate`, or give --chat-template")
     with suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  # gives `input` line editing and a history
     print(HELP)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import re
 import types
 import typing
 from collections.abc import Collection, Sequence
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 from jaxpaged.config import PARALLEL_SIZES, EngineConfig
@@ -21,8 +23,34 @@ ALIASES = {
     "page_size": "--block-size",
     "cache_dtype": "--kv-cache-dtype",
     "max_num_queued_requests": "--max-num-queued-reqs",
+    "tensor_parallel_size": "-tp",
+    "data_parallel_size": "-dp",
+    "pipeline_parallel_size": "-pp",
 }
 """What vLLM calls the same flag."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")
+
+INSTEAD = {
+    "--model": "the model stands first, without a flag",
+    "--trust-remote-code": "a checkpoint's own code is never run; leave it out",
+    "--enforce-eager": "every step is compiled; leave it out",
+    "--enable-auto-tool-choice": "tools are always served; leave it out",
+    "--enable-chunked-prefill": "prompts are always computed in chunks; leave it out",
+    "--disable-log-requests": "requests are logged with --enable-log-requests only; leave it out",
+    "--disable-log-stats": "an idle server logs nothing; leave it out",
+    "--swap-space": "pages are kept on the host with --host-cache-gb",
+    "--quantization": "weights are dequantised as they are loaded; leave it out",
+    "--load-format": "the format is told by the files; leave it out",
+    "--enable-lora": "adapters are not served; merge them into the checkpoint",
+    "--speculative-config": "speculative decoding is not served; leave it out",
+    "--ssl-keyfile": "have a proxy before the server speak TLS",
+    "--ssl-certfile": "have a proxy before the server speak TLS",
+    "--root-path": "it is served below any path; have the proxy take the path off",
+}
+"""vLLM's flags that people bring along, and what to do without them."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 NO_FLAGS = {
     "detokenize",
@@ -42,7 +70,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         default=argparse.SUPPRESS,
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of the weights (default: auto, as in the checkpoint)",
     )
     add_fields(group, EngineConfig, fields(EngineConfig))
@@ -136,7 +164,42 @@ def _kind(hint: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
-    return {"type": kind, "metavar": {int: "INT", float: "FLOAT"}.get(kind, "TEXT")}
+    return {"type": whole if kind is int else kind, "metavar": {int: "INT", float: "FLOAT"}.get(kind, "TEXT")}
+
+
+def whole(text: str) -> int:
+    """A whole number, as 8192, 8K (of 1,024) or 8k (of 1,000), as vLLM takes them."""
+    found = re.fullmatch(r"([+-]?[\d_]+|\d+\.\d+(?=[kmg]))([kmgKMG]?)", text.strip())
+    try:
+        number = float(found[1]) if found and "." in found[1] else int(found[1] if found else text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    return int(number * _UNITS[found[2] if found else ""])
+
+
+def unknown_flags(given: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """What to say of arguments that a command does not take."""
+    name = given[0].partition("=")[0]
+    if name in INSTEAD:
+        return f"there is no {name}: {INSTEAD[name]}"
+    close = difflib.get_close_matches(name, parser._option_string_actions, n=1, cutoff=0.75)
+    return f"unrecognized arguments: {' '.join(given)}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def chat_template(asked: str | None) -> str | None:
+    """The template of `--chat-template`: a file's, or the text itself. Raises ConfigError."""
+    if asked is None:
+        return None
+    from jaxpaged.engine.chat_template import fault_of
+
+    is_text = "{{" in asked or "{%" in asked
+    try:
+        text = asked if is_text else Path(asked).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--chat-template is {asked!r:.80}, which cannot be read: {error}; name a file") from None
+    if fault := fault_of(text):
+        raise ConfigError(f"--chat-template is no template: {fault}")
+    return text
 
 
 def _is_union(hint: Any) -> bool:

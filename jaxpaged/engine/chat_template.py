@@ -62,6 +62,15 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def fault_of(template: str) -> str | None:
+    """Why a text is no template, if it is none."""
+    try:
+        _environment().parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        return f"line {error.lineno}: {_one_line(error)}"
+    return None
+
+
 @lru_cache(maxsize=32)
 def variables_of(template: str) -> frozenset[str]:
     """What the template asks to be given, `messages` and the tokenizer's own tokens among it."""

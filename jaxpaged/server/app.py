@@ -68,6 +68,7 @@ class ServerOptions:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of requests that say nothing themselves
     allowed_origins: tuple[str, ...] = ()
     parsers: chat.Parsers = field(default_factory=chat.Parsers)
+    chat_template: str | None = None  # instead of the checkpoint's
 
 
 class App:
@@ -75,6 +76,8 @@ class App:
 
     def __init__(self, engine: AsyncEngine, options: ServerOptions, tracing: Tracing | None = None) -> None:
         self.engine, self.options, self._tracing = engine, options, tracing
+        if options.chat_template is not None and engine.tokenizer is not None:
+            engine.tokenizer.chat_template = options.chat_template
         self.metrics = Metrics(options.models[0])
         self.draining = False
         self.num_active = 0
