@@ -306,9 +306,3 @@ REFUSED = [
 def test_what_does_not_go_with_data_shards_is_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
-
-
-def test_a_callers_function_on_the_logits_is_refused():
-    params = SamplingParams(logits_processor=lambda logits, state: (logits, state))
-    with pytest.raises(RequestError, match="needs an engine on 1 device"):
-        engine_of(2).engine.add_request("a", [1, 2], params)

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import moved
 
 from jaxpaged import LLM, LogitsProcessor, RequestError, SamplingParams
+from jaxpaged.engine.processors import ROWS
 from jaxpaged.model.params import dummy_params
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
 
@@ -119,7 +121,41 @@ def test_what_is_no_function_is_refused():
         SamplingParams(logits_processor=3)
 
 
-def test_a_mesh_refuses_it():
-    engine = make(tensor_parallel_size=2).engine
-    with pytest.raises(RequestError, match="logits_processor needs an engine on 1 device, and this one's mesh has 2"):
+MESHES = [
+    {"data_parallel_size": 2, "tensor_parallel_size": 2, "num_pages": 24},
+    *(
+        pytest.param(sizes, marks=(pytest.mark.slow, pytest.mark.long))
+        for sizes in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2})
+    ),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_functions_see_whole_rows_on_a_mesh(mesh):
+    """Of their own sequences, on whatever data shard, in completions and after preemption too."""
+
+    def cut_below_the_median(logits, state):
+        return jnp.where(logits < jnp.median(logits), -jnp.inf, logits), state
+
+    each = [
+        (SamplingParams(max_tokens=10, seed=i), *(drawn(f, n=2)[i] for f in (cut_below_the_median, NEW_TOKENS)))[i % 3]
+        for i in range(12)
+    ]
+    expected = generate(make(), each)
+    llm = make(**mesh)
+    assert generate(llm, each) == expected
+    assert llm.engine.stats().num_preemptions > 0 or "num_pages" not in mesh
+    assert generate(llm, each) == expected
+    compiled = llm.engine.stats().num_compilations
+    assert generate(llm, each) == expected
+    assert llm.engine.stats().num_compilations == compiled
+    calls = llm.engine.runner._compiler._functions.items()
+    moves = [moved(call.as_text()) for (name, _), call in calls if name in ("take", "put")]
+    assert max(array.size for found in moves for array in found) <= ROWS * 40
+
+
+def test_only_one_process_takes_them(monkeypatch):
+    engine = make().engine
+    monkeypatch.setattr(type(engine.runner), "num_processes", 2)
+    with pytest.raises(RequestError, match="logits_processor does not work over 2 processes yet"):
         engine.add_request("0", [1, 2], SamplingParams(logits_processor=only_even))

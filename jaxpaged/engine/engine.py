@@ -147,11 +147,8 @@ class Engine:
             grammar=grammar,
         )
         if params.processor is not None:
-            if (placement := self.runner.placement) is not None:
-                raise RequestError(
-                    f"logits_processor needs an engine on 1 device, and this one's mesh has {placement.mesh.size}; "
-                    "leave it out, or leave out the mesh"
-                )
+            if (count := self.runner.num_processes) > 1:
+                raise RequestError(f"logits_processor does not work over {count} processes yet; leave it out")
             self.runner.processors.check(params.processor, request.prompt_token_ids)
         detokenizers = [Detokenizer(self.tokenizer, params, request.prompt_token_ids) for _ in request.sequences]
         self._add(Tracked(request, output_kind, detokenizers, [0] * params.num_completions))

@@ -4,6 +4,9 @@ A function gets `ROWS` rows at a time, whatever the bucket, so that one compilat
 is an array (or a pytree of some) on the device and belongs to the sequence: `processor_states[n]` is the one before its
 token n. Those of tokens that the host has not read are kept beside each other, so that a fork from any known token, and
 a sequence computed anew, find theirs.
+
+On a mesh a function is given whole rows: those it changes are gathered, and no others. All devices compute it, and have
+the states.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from jaxpaged.engine.request import Sequence as TokenSequence
 from jaxpaged.engine.scheduler import Chunk
 from jaxpaged.errors import RequestError
 from jaxpaged.logits_processor import LogitsProcessor
+from jaxpaged.model.sharding import Placement
 
 ROWS = 8
 
@@ -29,7 +33,7 @@ class Processed(NamedTuple):
     """Sequences of one function whose logits it has seen, and their states since."""
 
     processor: LogitsProcessor
-    rows: list[int]
+    rows: list[tuple[int, int]]  # data shard, and row of it
     sequences: list[TokenSequence]
     places: list[int]  # of the token that is chosen, in its sequence
     states: tuple[Any, ...]  # `ROWS` of them
@@ -38,8 +42,12 @@ class Processed(NamedTuple):
 class Processors:
     """Checks, compiles and calls functions on logits."""
 
-    def __init__(self, compiler: Compiler, vocab_size: int) -> None:
+    def __init__(self, compiler: Compiler, vocab_size: int, placement: Placement | None = None) -> None:
+        """`placement` is where the logits lie."""
         self._compiler = compiler
+        self._num_shards = 1 if placement is None else placement.num_shards("data")
+        self._whole = None if placement is None else placement.sharding()
+        self._cut = None if placement is None else placement.sharding("data", "vocab")
         self._logits = jax.ShapeDtypeStruct((vocab_size,), np.float32)
         self._checked: set[Hashable] = set()
 
@@ -67,27 +75,30 @@ class Processors:
     def apply(self, logits: Array, rows: Iterable[tuple[int, Chunk]]) -> tuple[Array, list[Processed]]:
         """The logits [R, V] with the rows changed whose sequences want it, and what `observe` is to be given."""
         num_rows = logits.shape[0]
+        each = num_rows // self._num_shards
         processed = []
         for processor, members in _by_processor(rows):
             index = np.full(ROWS, num_rows, np.int32)  # rows past the end: dropped
             index[: len(members)] = [row for row, _ in members]
             sequences = [chunk.sequence for _, chunk in members]
             places = [chunk.start + chunk.length for _, chunk in members]
-            states = tuple(_state(processor, s, place) for s, place in zip(sequences, places, strict=True))
+            states = tuple(self._state(processor, s, place) for s, place in zip(sequences, places, strict=True))
             states += (states[0],) * (ROWS - len(states))
             block = self._call("take", num_rows, _take, logits, index)
             own = (processor, _key(states[0]))
             block, states = self._call("process", own, _several(processor.apply), block, states)
-            logits = self._call("put", num_rows, _put, logits, index, block)
-            processed.append(Processed(processor, [row for row, _ in members], sequences, places, states))
+            logits = self._call("put", num_rows, _put, logits, index, block, out=self._cut)
+            shard_rows = [divmod(row, each) for row, _ in members]
+            processed.append(Processed(processor, shard_rows, sequences, places, states))
         return logits, processed
 
     def observe(self, processed: Iterable[Processed], tokens: Array) -> None:
-        """Give the states the tokens that were chosen, and the sequences their states."""
+        """Give the states the tokens that were chosen, each data shard's end to end, and the sequences their states."""
+        each = tokens.shape[0] // self._num_shards
         for processor, rows, sequences, places, states in processed:
             if processor.observe is not None:
                 index = np.zeros(ROWS, np.int32)
-                index[: len(rows)] = rows
+                index[: len(rows)] = [shard * each + row for shard, row in rows]
                 own = (processor, _key(states[0]))
                 states = self._call("observe", own, _observing(processor.observe), states, tokens, index)
             for sequence, place, state in zip(sequences, places, states, strict=False):
@@ -95,9 +106,15 @@ class Processors:
                 kept = {n: s for n, s in sequence.processor_states.items() if n >= known}
                 sequence.processor_states = kept | {place + 1: state}
 
-    def _call(self, name: str, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
-        """`function` of the arguments, compiled for this key now or before."""
-        return self._compiler.get((name, (key,)), traced, (function, {}), arguments)(*arguments)
+    def _call(self, name: str, key: Hashable, function: Callable[..., Any], *arguments: Any, out: Any = None) -> Any:
+        """`function` of the arguments, compiled for this key once; on a mesh what it gives lies whole, or as `out`."""
+        options = {} if self._whole is None else {"out_shardings": out or self._whole}
+        return self._compiler.get((name, (key,)), traced, (function, options), arguments)(*arguments)
+
+    def _state(self, processor: LogitsProcessor, sequence: TokenSequence, place: int) -> Any:
+        if place == sequence.prompt_len:
+            return jax.device_put(_first_state(processor, sequence.token_ids[:place]), self._whole)
+        return sequence.processor_states[place]
 
 
 def _by_processor(rows: Iterable[tuple[int, Chunk]]) -> Iterator[tuple[LogitsProcessor, list[tuple[int, Chunk]]]]:
@@ -110,12 +127,6 @@ def _by_processor(rows: Iterable[tuple[int, Chunk]]) -> Iterator[tuple[LogitsPro
     for processor, members in wanted.items():
         for begin in range(0, len(members), ROWS):
             yield processor, members[begin : begin + ROWS]
-
-
-def _state(processor: LogitsProcessor, sequence: TokenSequence, place: int) -> Any:
-    if place == sequence.prompt_len:
-        return _first_state(processor, sequence.token_ids[:place])
-    return sequence.processor_states[place]
 
 
 def _first_state(processor: LogitsProcessor, prompt_token_ids: Sequence[int]) -> Any:

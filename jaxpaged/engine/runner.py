@@ -167,7 +167,7 @@ class Runner:
         functions = make if self.num_stages == 1 else partial(StagedFunctions, make)
         self.functions: StepFunctions | StagedFunctions = functions(params=self.params, cache=self.cache, **how)
         self._nothing_sampled: Any = np.zeros(self.num_shards * self.functions.max_rows, np.int32)
-        self.processors = Processors(self._compiler, spec.vocab_size)
+        self.processors = Processors(self._compiler, spec.vocab_size, placement and placement.stages[-1])
         use_compilation_cache(config.compilation_cache_dir)
         self._param_numbers = self._adopted_params()
         self._adopt_pool()
@@ -176,6 +176,11 @@ class Runner:
     def num_compilations(self) -> int:
         """Functions compiled so far, each for a shape of its own."""
         return self._compiler.num_compiled
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes the weights and pages lie in."""
+        return 1 if self._relay is None else jax.process_count()
 
     @property
     def is_compiling(self) -> bool:
