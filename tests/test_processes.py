@@ -19,6 +19,7 @@ from tiny_models import CASES, write_checkpoint
 from training_process import GREEDY, PROMPTS, SETTINGS, SPEC, trained, weights
 
 from jaxpaged import LLM
+from jaxpaged.config import PARALLEL_SIZES
 from jaxpaged.convert.families import family_of
 from jaxpaged.convert.rules import hf_shapes
 from jaxpaged.model.params import Params
@@ -45,10 +46,9 @@ def free_port() -> int:
 class Processes:
     """`num` that run a script with their address, `num`, their id and more; killed at the end, or if they take long."""
 
-    def __init__(self, script: str, num: int, *more: str, stages: int = 1) -> None:
+    def __init__(self, script: str, num: int, *more: str) -> None:
         address = f"127.0.0.1:{free_port()}"
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "PYTHONUNBUFFERED": "1"}
-        environment["STAGES"] = str(stages)
         self.all = [
             subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name(script)), address, str(num), str(process), *more],
@@ -95,9 +95,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"), CONFIG, hf_shapes(family.rules(spec, ()), spec))
 
 
+def mesh(tensor: int = 1, data: int = 1, context: int = 1, stages: int = 1) -> dict[str, int]:
+    return dict(zip(PARALLEL_SIZES, (tensor, data, context, stages), strict=True))
+
+
+def run(model: Path, num: int, meshes: list[dict[str, int]], *linger: str, devices: int = 1) -> Processes:
+    """Processes with so many devices each, which make an LLM on one mesh after the other."""
+    return Processes("process.py", num, str(model), str(devices), json.dumps(meshes), *linger)
+
+
 @pytest.fixture(scope="module")
 def alone(model: Path) -> dict[str, Any]:
-    with Processes("process.py", 1, str(model), "1") as one:
+    with run(model, 1, [mesh()]) as one:
         told = one.told(0)
     assert told["read"] == told["stored"]
     assert len(set(map(str, told["tokens"]))) == len(told["tokens"])
@@ -117,7 +126,7 @@ def alone(model: Path) -> dict[str, Any]:
 def test_processes_answer_as_one_and_end_as_one(
     model: Path, alone: dict[str, Any], num: int, stages: int, lost: int, meanwhile: str
 ) -> None:
-    with Processes("process.py", num, str(model), "1", meanwhile, stages=stages) as processes:
+    with run(model, num, [mesh(num // stages, stages=stages)], meanwhile) as processes:
         told = [processes.told(index) for index in range(num)]
         assert told[0]["tokens"] == alone["tokens"]
         assert told[0]["again"] == alone["again"]
@@ -139,8 +148,27 @@ def test_processes_answer_as_one_and_end_as_one(
         print(f"{num} processes, {lost} killed at {meanwhile}: all gone after {time.monotonic() - killed:.1f} s")
 
 
+@pytest.mark.parametrize(
+    ("num", "devices", "meshes"),
+    [
+        (2, 2, [mesh(2, data=2), mesh(2, context=2)]),
+        pytest.param(4, 1, [mesh(2, data=2), mesh(context=4), mesh(data=4)], marks=pytest.mark.long),
+    ],
+)
+def test_data_shards_and_split_prompts_over_processes_give_the_tokens_of_one_device(
+    model: Path, alone: dict[str, Any], num: int, devices: int, meshes: list[dict[str, int]]
+) -> None:
+    with run(model, num, meshes, devices=devices) as processes:
+        for sizes in meshes:
+            told = [processes.told(index) for index in range(num)]
+            assert told[0]["tokens"] == alone["tokens"], sizes
+            assert told[0]["again"] == alone["again"], sizes
+            assert all(each["read"] <= each["stored"] for each in told), sizes  # though several devices here have it
+        assert [process.wait(timeout=60) for process in processes.all] == [0] * num
+
+
 def test_followers_return_when_the_leader_is_done(model: Path) -> None:
-    with Processes("process.py", 2, str(model), "1") as processes:
+    with run(model, 2, [mesh(2)]) as processes:
         out, err = processes.all[1].communicate(timeout=120)
         assert "the leader is done" in out, err
         assert processes.all[1].returncode == 0

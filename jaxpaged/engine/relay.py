@@ -59,11 +59,11 @@ class Function:
 class Relay:
     """One process's end. `made` are the arrays that are still wanted, by number."""
 
-    def __init__(self, fingerprint: str) -> None:
-        """Raises ConfigError where the processes were not started with the same `fingerprint`."""
+    def __init__(self, fingerprint: str, devices: Sequence[jax.Device]) -> None:
+        """For steps on these devices. ConfigError where the processes were not started with the same `fingerprint`."""
         self.is_leader = jax.process_index() == 0
         self._is_released = False  # what the leader knows of the followers
-        self._send = _collective()
+        self._send = _collective(_carriers(devices))
         self._room = FRAME - jax.process_count()
         self._made: dict[int, Any] = {}  # a follower's
         self._numbers: dict[int, int] = {}  # the leader's: id of a living array -> number
@@ -258,17 +258,18 @@ def make_relay(placement: Placement | None, fingerprint: str, config: EngineConf
             f"the mesh has devices of {len(spanned)} of the {jax.process_count()} processes; use devices of all, "
             "or of one"
         )
-    if (shards := placement.num_shards("data")) > 1:
+    shards, stages = placement.num_shards("data"), placement.num_shards("layers")
+    if shards > 1 and stages > 1:
         raise ConfigError(
-            f"{shards} data shards over {len(spanned)} processes do not work yet; use 1, and cut layers over "
-            "all devices"
+            f"{shards} data shards and {stages} pipeline stages do not work together over {len(spanned)} processes "
+            "yet; use 1 of either"
         )
     if config.host_cache_gb:
         raise ConfigError(
             f"host_cache_gb is {config.host_cache_gb:g} over {len(spanned)} processes, whose pages the host does not "
             "keep yet; set it to 0"
         )
-    return Relay(fingerprint)
+    return Relay(fingerprint, list(placement.mesh.devices.flat))
 
 
 def least(number: int, placement: Placement | None) -> int:
@@ -284,32 +285,36 @@ def _processes(placement: Placement) -> set[int]:
     return {device.process_index for device in placement.mesh.devices.flat}
 
 
-def _collective() -> Callable[[Words], jax.Array]:
-    """send(frame) -> the sum of all processes' frames, of which all but the leader's are zeros."""
-    devices = _one_of_each()
-    mesh = Mesh(np.asarray(devices), ("process",))
-    own, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("process",), ()))
+def _collective(devices: Sequence[jax.Device]) -> Callable[[Words], jax.Array]:
+    """send(frame) -> the sum of all processes' frames, of which all but the leader's are zeros but for the answers."""
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    rows = Mesh(np.asarray(devices), ("device",))
+    own, everywhere = (NamedSharding(rows, PartitionSpec(*axes)) for axes in (("device",), ()))
     shape = jax.ShapeDtypeStruct((len(devices), FRAME), np.int32, sharding=own)
     summed: Any = jax.jit(lambda frames: frames.sum(0), out_shardings=everywhere).lower(shape).compile()
+    nothing = [jax.device_put(np.zeros((1, FRAME), np.int32), device) for device in here[1:]]
 
     def send(frame: Words) -> jax.Array:
-        row = jax.device_put(frame[None], devices[jax.process_index()])
-        total: jax.Array = summed(jax.make_array_from_single_device_arrays(shape.shape, own, [row]))
+        frames = [jax.device_put(frame[None], here[0]), *nothing]
+        total: jax.Array = summed(jax.make_array_from_single_device_arrays(shape.shape, own, frames))
         return total.addressable_data(0)
 
     return send
 
 
-def _one_of_each() -> list[jax.Device]:
-    """A CPU device of each process, so that messages do not wait behind steps; where there are none, any."""
-    for platform in ("cpu", None):
-        try:
-            found = {device.process_index: device for device in reversed(jax.devices(platform))}
-        except RuntimeError:  # JAX was told to leave the CPU out
-            continue
-        if len(found) == jax.process_count():
-            return [found[process] for process in range(jax.process_count())]
-    raise ConfigError(f"JAX sees devices of fewer than its {jax.process_count()} processes; start all of them anew")
+def _carriers(devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
+    """What carries messages: a CPU device of each process, so that none waits behind a step.
+
+    Where steps run on CPUs, all of theirs: XLA runs in order only what is over the same devices, and two sums at once
+    would mix their words.
+    """
+    if devices[0].platform == "cpu":
+        return devices
+    try:
+        cpus = {device.process_index: device for device in jax.devices("cpu")}
+    except RuntimeError:  # JAX was told to leave the CPU out
+        return devices
+    return list(cpus.values()) if len(cpus) == jax.process_count() else devices
 
 
 def _words(x: Any, dtype: np.dtype[Any]) -> Words:

@@ -131,7 +131,7 @@ class StepFunctions:
         if self.placement is None or not isinstance(shape, jax.ShapeDtypeStruct) or shape.sharding is not None:
             return shape
         rows, *rest = shape.shape
-        return jax.ShapeDtypeStruct((self.num_shards * rows, *rest), shape.dtype, sharding=self._rows)
+        return jax.ShapeDtypeStruct((self.num_shards * rows, *rest), shape.dtype, sharding=self._told)
 
     def _everywhere(self, shape: Any) -> Any:
         """A shape of one data shard's rows, as those of all, a copy on every device."""
@@ -143,6 +143,13 @@ class StepFunctions:
     def _rows(self) -> Any:
         """The sharding of rows, of which each device of a data shard has a copy."""
         return None if self.placement is None else self.placement.sharding("data")
+
+    @property
+    def _told(self) -> Any:
+        """That of rows that hosts give and are told: over several processes each has all, and so each device."""
+        if self.placement is None or self._relay is None or self.num_shards == 1:
+            return self._rows
+        return self.placement.sharding()
 
     @property
     def _cut_logits(self) -> Any:
@@ -205,7 +212,7 @@ class StepFunctions:
             positions=_shape(rows),
         )
         everyone = () if self.num_shards == 1 else (jax.tree.map(self._everywhere, inputs),)
-        function = self._jit(padded, self._rows, whole=(2,))
+        function = self._jit(padded, self._told, whole=(2,))
         return self._compile(("sample", rows), function, self._logits(rows), inputs, *everyone)
 
     def logprobs(self, rows: int) -> Callable[..., Logprobs]:
@@ -216,7 +223,7 @@ class StepFunctions:
             return told(raw, tokens[:rows], temperature)
 
         shapes = self._logits(rows), _shape(self.max_rows), _shape(rows, dtype=np.float32)
-        return self._compile(("logprobs", rows), self._jit(unpadded, self._rows), *shapes)
+        return self._compile(("logprobs", rows), self._jit(unpadded, self._told), *shapes)
 
     def edit(self, rows: int) -> Callable[..., jax.Array]:
         """edit(logits, edits): the logits changed."""
@@ -235,7 +242,7 @@ class StepFunctions:
         """prompt_logprobs(params, hidden, rows, targets) of tokens that the host knows."""
         found = partial(sampling.prompt_logprobs, spec=self.spec, placement=self.placement)
         found = partial(found, batch_invariant=self.batch_invariant)
-        function = self._jit(found, self._rows, whole=(0,))
+        function = self._jit(found, self._told, whole=(0,))
         rows = _shape(batch.PROMPT_ROWS)
         return self._compile(("prompt_logprobs", tokens), function, self.params, self._hidden(tokens), rows, rows)
 
@@ -243,10 +250,10 @@ class StepFunctions:
         """sum_hidden(hidden, owners). Not among `jobs`: few engines are asked for embeddings, and it compiles fast."""
         summed = partial(sum_by_owner, num_owners=bucket.num_rows)
         shapes = self._hidden(bucket.num_tokens), _shape(bucket.num_tokens)
-        return self._compile(("sum_hidden", bucket), self._jit(summed, self._rows), *shapes)
+        return self._compile(("sum_hidden", bucket), self._jit(summed, self._told), *shapes)
 
     def _hidden(self, tokens: int) -> Any:
-        return jax.ShapeDtypeStruct((tokens, self.spec.dim), self.dtype)
+        return jax.ShapeDtypeStruct((self.num_shards * tokens, self.spec.dim), self.dtype, sharding=self._rows)
 
     def scrub(self) -> Callable[..., KVCache]:
         """scrub(cache, pages): the cache with pages zeroed."""
