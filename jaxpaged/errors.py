@@ -21,6 +21,10 @@ class PoolError(JaxpagedError):
     """The page pool was asked for what it cannot give."""
 
 
+class TooLongError(RequestError):
+    """A prompt that has more tokens than the model or the engine takes."""
+
+
 class QueueFullError(JaxpagedError):
     """As many requests wait as may; the same request can be served later."""
 

@@ -11,6 +11,11 @@ import openai
 import pytest
 from running_server import running
 from tiny_chat_model import write_chat_model
+from tiny_vocabularies import byte_level_metadata
+from tokenizers.processors import TemplateProcessing
+
+from jaxpaged.engine.tokenizer import load_tokenizer
+from jaxpaged.server.truncation import _last
 
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 6}
 HELLO = [{"role": "user", "content": "ban"}]
@@ -267,6 +272,52 @@ def test_a_prompt_may_do_without_the_tokens_that_begin_a_text(server, monkeypatc
     for bare in (False, True):
         answer = server.post("/v1/completions", prompt=["ban"], echo=True, add_special_tokens=not bare, **GREEDY).json()
         assert answer["choices"][0]["text"].startswith("ban") and asked[-1] is not bare
+
+
+def test_prompts_are_cut_to_their_last_tokens_where_that_is_asked_for(server, client):
+    text, most = "banana 12 " * 3_000, server.engine.max_model_len
+    tokens = ids(server, "banana 12 " * 100)
+    asked = GREEDY | {"return_token_ids": True}
+    for prompt in (text, tokens):
+        (choice,) = server.post("/v1/completions", prompt=prompt, truncate_prompt_tokens=7, **asked).json()["choices"]
+        assert choice["prompt_token_ids"] == tokens[-7:]
+    (choice,) = server.post("/v1/completions", prompt=text, truncate_prompt_tokens=-1, **asked).json()["choices"]
+    assert len(choice["prompt_token_ids"]) == most - 6 and len(choice["token_ids"]) == 6
+    (choice,) = server.post("/v1/completions", prompt="ban", truncate_prompt_tokens=50, **asked).json()["choices"]
+    assert choice["prompt_token_ids"] == ids(server, "ban")
+    (choice,) = server.post("/v1/chat/completions", messages=HELLO, truncate_prompt_tokens=3, **asked).json()["choices"]
+    assert choice["prompt_token_ids"] == ids(server, RENDERED)[-3:]
+    found = client.embeddings.create(model="tiny", input=[text, "ban"], extra_body={"truncate_prompt_tokens": -1})
+    assert found.usage.prompt_tokens == most + len(ids(server, "ban"))
+    for wrong in (0, -2, most):
+        fault = server.post("/v1/completions", prompt="ban", truncate_prompt_tokens=wrong, **GREEDY)
+        assert fault.status_code == 400 and f"it must be 1 to {most - 6}, or -1" in fault.text
+
+
+def test_a_text_that_is_cut_keeps_the_tokens_around_it():
+    tokenizer = load_tokenizer(byte_level_metadata())
+    (special,) = tokenizer.special_token_ids
+    around = [("<s>", special), ("</s>", special)]
+    tokenizer.backend.post_processor = TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", around)
+    bare = tokenizer.encode("banana 123", False)
+    assert tokenizer.encode("banana 123") == [special, *bare, special]
+    assert _last(tokenizer, "banana 123", 4) == [special, *bare[-2:], special]
+    assert _last(tokenizer, "banana 123", 2) == bare[-2:]
+    assert _last(tokenizer, "banana 123", 99) == [special, *bare, special]
+
+
+def test_what_is_too_long_has_the_code_that_clients_look_for(server):
+    long = "ban" * 600
+    for path, asked in (
+        ("/v1/completions", {"prompt": long}),
+        ("/v1/completions", {"prompt": long * 900}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long * 900}]}),
+        ("/v1/embeddings", {"input": [1] * 9_000}),
+        ("/tokenize", {"prompt": long * 900}),
+    ):
+        fault = server.post(path, **asked)
+        assert (fault.status_code, fault.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert server.post("/v1/completions", prompt="").json()["error"]["code"] is None
 
 
 def test_admin_routes_pause_and_resume(server):

@@ -76,7 +76,7 @@ def test_the_async_engine_embeds(server, llm):
         ({"input": "a" * 20_000}, "max_model_len is 512"),
         ({"pooling": "max"}, "max"),
         ({"encoding_format": "int8"}, "int8"),
-        ({"truncate_prompt_tokens": 4}, "truncate_prompt_tokens is not served"),
+        ({"truncate_prompt_tokens": 513}, "it must be 1 to 512, or -1"),
     ],
     ids=str,
 )

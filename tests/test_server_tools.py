@@ -247,6 +247,13 @@ def test_an_effort_that_no_template_knows_is_refused_and_none_at_all_is_served(s
     assert answer.status_code == 400 and "knows none" in answer.text
 
 
+def test_a_developer_is_the_system_to_a_template_that_knows_none(server, monkeypatch):
+    messages = [{"role": "developer", "content": "be brief"}, *HELLO]
+    assert prompt_of(server, messages=messages).startswith("system:be brief")
+    monkeypatch.setattr(server.engine.tokenizer, "chat_template", TEMPLATE + "{# developer #}")
+    assert prompt_of(server, messages=messages).startswith("developer:be brief")
+
+
 def test_the_last_message_goes_on(server):
     messages = [*HELLO, {"role": "assistant", "content": "Sure: "}]
     goes_on = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}

@@ -17,7 +17,7 @@ from jaxpaged.engine.prompts import Prompt
 from jaxpaged.engine.request import Request, Sequence, seed_words
 from jaxpaged.engine.scheduler import LONG_ROPE
 from jaxpaged.engine.tokenizer import Tokenizer
-from jaxpaged.errors import RequestError
+from jaxpaged.errors import RequestError, TooLongError
 from jaxpaged.model.sampling import MAX_LOGPROBS
 from jaxpaged.model.spec import Decoder, DynamicNtkScaling, LongRopeScaling
 from jaxpaged.outputs import Pooling, RequestMetrics
@@ -169,7 +169,7 @@ class Intake:
             if self.tokenizer is None:
                 raise RequestError("the model came without a tokenizer; give the prompt as token ids")
             if len(prompt) > limit * self.tokenizer.longest_token:
-                raise RequestError(
+                raise TooLongError(
                     f"the prompt has {len(prompt):,} characters but max_model_len is {limit:,} tokens of at most "
                     f"{self.tokenizer.longest_token:,} characters; shorten it or raise max_model_len"
                 )
@@ -180,7 +180,7 @@ class Intake:
             raise RequestError("the prompt is empty; it needs at least 1 token")
         if len(prompt) > room:
             included = ", the answer included" if room < limit else ""
-            raise RequestError(
+            raise TooLongError(
                 f"the prompt has {len(prompt):,} tokens but max_model_len is {limit:,}{included}; "
                 "shorten it or raise max_model_len"
             )

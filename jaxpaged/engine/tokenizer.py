@@ -19,7 +19,7 @@ import tokenizers
 from jaxpaged.engine.chat_template import Message, render_chat
 from jaxpaged.engine.gguf_vocab import gguf_vocabulary
 from jaxpaged.engine.hf_vocab import hf_vocabulary
-from jaxpaged.errors import RequestError
+from jaxpaged.errors import RequestError, TooLongError
 
 
 class Tokenizer:
@@ -113,7 +113,7 @@ class Tokenizer:
         given = {name: self._marked(value, opening, closing) for name, value in variables.items()}
         text = rendered(marked, given)
         if max_characters is not None and len(text) > max_characters:
-            raise RequestError(
+            raise TooLongError(
                 f"the messages have {len(text):,} characters but {max_characters:,} can fit the model's length; "
                 "shorten them"
             )

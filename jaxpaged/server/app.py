@@ -20,7 +20,7 @@ from jaxpaged.engine.chat_template import Message
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
-from jaxpaged.errors import EngineDeadError, RequestError
+from jaxpaged.errors import EngineDeadError, RequestError, TooLongError
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.server import chat, embeddings, generation, responses
 from jaxpaged.server.async_engine import AsyncEngine
@@ -260,7 +260,7 @@ class App:
             turn, goes_on = request.add_generation_prompt is not False, bool(request.continue_final_message)
             variables = chat.template_variables(request.chat_template_kwargs, self.engine.tokenizer)
             variables |= {"tools": request.tools} if request.tools else {}
-            messages = readable(request.messages)
+            messages = readable(request.messages, self._tokenizer().chat_template)
             token_ids = await self.engine.offload(self._encode_chat, messages, turn, goes_on, variables)
         else:
             special = request.add_special_tokens is not False
@@ -294,7 +294,7 @@ class App:
         tokenizer = self._tokenizer()
         most = self._max_characters(tokenizer)
         if len(text) > most:
-            raise RequestError(f"the prompt has {len(text):,} characters; at most {most:,} can fit the model's length")
+            raise TooLongError(f"the prompt has {len(text):,} characters; at most {most:,} can fit the model's length")
         return tokenizer.encode(text, special)
 
     def _max_characters(self, tokenizer: Tokenizer) -> int:

@@ -70,7 +70,7 @@ def understood(
         if "documents" not in _declared(tokenizer):
             raise RequestError("documents are given, but the model's chat template knows none; put them in a message")
         variables["documents"] = request.documents
-    return Chat(request, params, readable(request.messages), variables, tools, parsers.reasoning)
+    return Chat(request, params, readable(request.messages, template), variables, tools, parsers.reasoning)
 
 
 def template_variables(given: Mapping[str, Any] | None, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -17,14 +17,13 @@ from jaxpaged.server.exchange import Exchange
 from jaxpaged.server.faults import Fault
 from jaxpaged.server.generation import Observer, Run, completion_prompts
 from jaxpaged.server.protocol import EmbeddingRequest
+from jaxpaged.server.truncation import cut
 
 
 async def answer(
     exchange: Exchange, engine: AsyncEngine, request: EmbeddingRequest, model: str, observe: Observer
 ) -> None:
     """Embed every input and write the answer, in the inputs' order."""
-    if request.truncate_prompt_tokens:
-        raise RequestError("truncate_prompt_tokens is not served; shorten the input")
     if request.dimensions is not None and request.dimensions != engine.dim:
         raise RequestError(
             f"dimensions is {request.dimensions:,} but this model's embeddings have {engine.dim:,} and are not made "
@@ -33,6 +32,8 @@ async def answer(
     if request.request_id is not None and not 0 < len(request.request_id) <= 256:
         raise RequestError(f"request_id has {len(request.request_id):,} characters; it must have 1 to 256")
     answer_id = f"embd-{request.request_id or uuid.uuid4().hex}"
+    given = completion_prompts(request.input, "input")
+    inputs = await cut(engine, given, request.truncate_prompt_tokens, engine.max_model_len)
     requests = [
         NewRequest(
             f"{answer_id}-{place}",
@@ -43,7 +44,7 @@ async def answer(
             cache_salt=request.cache_salt,
             pooling=request.pooling or "mean",
         )
-        for place, (prompt, _) in enumerate(completion_prompts(request.input, "input"))
+        for place, (prompt, _) in enumerate(inputs)
     ]
     async with Run(engine, requests, observe) as run:
         outputs = {place: output async for place, output in run.outputs()}

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from jaxpaged.errors import EngineDeadError, QueueFullError, RequestError
+from jaxpaged.errors import EngineDeadError, QueueFullError, RequestError, TooLongError
 
 log = logging.getLogger("jaxpaged")
 
@@ -43,6 +43,8 @@ def fault_of(error: BaseException) -> Fault:
     match error:
         case Fault():
             return error
+        case TooLongError():  # clients that shorten what they send look for this
+            return Fault(400, str(error), code="context_length_exceeded")
         case RequestError():
             return Fault(400, str(error))
         case QueueFullError():

@@ -22,6 +22,7 @@ from jaxpaged.server.async_engine import AsyncEngine, NewRequest
 from jaxpaged.server.exchange import Envelope, Exchange, event
 from jaxpaged.server.inbox import Inbox
 from jaxpaged.server.protocol import MAX_PROMPTS, CompletionRequest, Generation, sampling_params
+from jaxpaged.server.truncation import cut
 
 MAX_EVENTS = 64  # of one write
 
@@ -93,6 +94,8 @@ async def answer(
         raise RequestError(f"request_id has {len(request.request_id):,} characters; it must have 1 to 256")
     answer_id = f"{form.prefix}-{request.request_id or uuid.uuid4().hex}"
     kind: OutputKind = "delta" if request.stream else "final"
+    room = max(1, engine.max_model_len - (params.max_tokens or 1))
+    prompts = await cut(engine, prompts, request.truncate_prompt_tokens, room)
     requests = [
         NewRequest(
             f"{answer_id}-{place}", prompt, params, kind, text, priority=request.priority or 0,

@@ -56,7 +56,6 @@ class Unserved(msgspec.Struct, kw_only=True):
     web_search_options: Any = None
     use_beam_search: Any = None
     logits_processors: Any = None
-    truncate_prompt_tokens: Any = None
     prompt_embeds: Any = None
     echo: Any = None
     chat_template: Any = None
@@ -101,6 +100,7 @@ class Generation(Unserved, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     request_id: str | None = None
+    truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -192,7 +192,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     request_id: str | None = None
-    truncate_prompt_tokens: Any = None
+    truncate_prompt_tokens: int | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

@@ -32,6 +32,7 @@ REFUSED = {
     "background": NOT_KEPT + "stream it, or wait",
     "prompt": "this server keeps no prompts; send instructions and input",
     "tools": "it is not served here; use /v1/chat/completions",
+    "truncate_prompt_tokens": "it is not served; shorten the input",
     "max_tool_calls": "it is not served; leave it out",
 }
 """Fields that ask for what there is not, and what to do instead."""

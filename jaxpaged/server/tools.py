@@ -66,9 +66,14 @@ def tools_of(
     return ToolUse(definitions, FORMATS[format_name], None, most)
 
 
-def readable(messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages with earlier calls as templates want them: arguments as objects, and a content. RequestError."""
-    return [_readable(m, place) if isinstance(m, Mapping) else m for place, m in enumerate(messages)]
+def readable(messages: Sequence[Message], template: str | None) -> Sequence[Message]:
+    """The messages as templates want them: earlier calls with arguments as objects, and a content; a developer is the
+    system to a template that knows none. Raises RequestError.
+    """
+    found = [_readable(m, place) if isinstance(m, Mapping) else m for place, m in enumerate(messages)]
+    if template is None or "developer" in template:
+        return found
+    return [m | {"role": "system"} if isinstance(m, dict) and m.get("role") == "developer" else m for m in found]
 
 
 def _readable(message: Message, place: int) -> Message:
