@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 from real_model import smollm2_gguf
+
+from jaxpaged.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -30,6 +33,20 @@ def test_make_targets_that_documents_name_exist(document: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = re.findall(r"(?:`|^ {4})make ((?:[a-z-]+ ?)+)", document.read_text(), re.MULTILINE)
     assert {word for line in named for word in line.split()} <= targets
+
+
+def commands_of(document: Path) -> list[list[str]]:
+    """The arguments of each line that calls jaxpaged."""
+    text = document.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^ {4}(?:.*&& )?jaxpaged (.*)$", text, re.MULTILINE)
+    return [shlex.split(line.replace("[", "").replace("]", ""), comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if commands_of(d)], ids=lambda path: path.name)
+def test_commands_that_documents_show_are_understood(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for argv in commands_of(document):
+        monkeypatch.setattr(f"{COMMANDS[argv[0]].module}.run", lambda args: 0)
+        assert main(argv) == 0
 
 
 @pytest.mark.slow

@@ -186,6 +186,29 @@ def test_poison_is_the_clients_fault_and_harms_nobody(server, right, every):
 
 
 @pytest.mark.slow
+def test_what_is_nested_without_end_is_the_clients_fault(server, right, monkeypatch):
+    template = "<tool_call>{{ tools | tojson }}{{ persona }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(server.engine.tokenizer, "chat_template", template)
+    said = '"messages": [{"role": "user", "content": "x"}], "max_tokens": 2'
+    for depth in (600, 900, 100_000):
+        deep = '{"a": ' * depth + "1" + "}" * depth
+        tool = f'{{"type": "function", "function": {{"name": "f", "parameters": {deep}}}}}'
+        for body in (
+            f'{{{said}, "tools": [{tool}]}}',
+            f'{{{said}, "tools": [{tool}], "tool_choice": "required"}}',
+            f'{{{said}, "tools": [{deep}]}}',
+            f'{{{said}, "tool_choice": {deep}}}',
+            f'{{{said}, "chat_template_kwargs": {{"persona": {deep}}}}}',
+            f'{{{said}, "chat_template_kwargs": {{"thinking": {deep}}}}}',
+            f'{{{said}, "response_format": {deep}}}',
+            f'{{"messages": [{{"role": "user", "content": "x", "z": {deep}}}]}}',
+            f'{{"messages": [{{"role": "user", "content": [{deep}]}}]}}',
+        ):
+            answer = server.http.post(CHAT, content=body, headers=JSON)
+            assert answer.status_code == 400, (body[:120], answer.text)
+    assert server.post(COMPLETIONS, **GREEDY).json()["choices"][0]["text"] == right
+
+
 def test_extreme_numbers_are_served_or_refused(server, right):
     for field in FIELDS:
         for number in NUMBERS:

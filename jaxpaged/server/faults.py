@@ -47,6 +47,8 @@ def fault_of(error: BaseException) -> Fault:
             return Fault(400, str(error), code="context_length_exceeded")
         case RequestError():
             return Fault(400, str(error))
+        case RecursionError():  # nothing that was asked is nested but the request itself
+            return Fault(400, "the request is nested too deeply; flatten it")
         case QueueFullError():
             return Fault(429, str(error))
         case EngineDeadError():
