@@ -34,10 +34,9 @@ class Part(NamedTuple):
 
     def read(self, tensor: StoredTensor, index: Sequence[NDArray[np.int64]]) -> Array:
         """The leaf's elements at `index`, an index for each axis, and nothing else of the tensor."""
-        is_turned = self.turned and len(tensor.shape) == 2
-        width = tensor.shape[0] if is_turned else tensor.shape[-1]
+        width = tensor.shape[0] if self.turned else tensor.shape[-1]
         found = (*index[:-1], np.arange(width)[self.columns][index[-1]])
-        return tensor.read_part(*found[::-1]).T if is_turned else tensor.read_part(*found)
+        return tensor.read_part(*found[::-1]).T if self.turned else tensor.read_part(*found)
 
 
 @dataclass(frozen=True)

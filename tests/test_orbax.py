@@ -82,8 +82,8 @@ def test_a_device_is_given_its_share_even_where_heads_must_be_fitted(
     spec = MODELS[name]
     orbax.save(tmp_path / "saved", spec, weights(spec))
     asked = []
-    restore = orbax._restore
-    monkeypatch.setattr(orbax, "_restore", lambda *args: (asked.append(args[2]), restore(*args))[1])
+    restore = orbax._Saved.restore
+    monkeypatch.setattr(orbax._Saved, "restore", lambda *args: (asked.append(args[1]), restore(*args))[1])
     _, found = orbax.load(tmp_path / "saved", placement=MESHES["tp 8"])
     (target,) = asked
     for (path, leaf), (_, fitted) in zip(flatten(target), flatten(found), strict=True):
@@ -184,7 +184,7 @@ def test_what_cannot_be_loaded_or_saved_is_told_in_one_line(tmp_path: Path, monk
 
 @pytest.mark.slow
 def test_two_processes_read_their_halves_and_save_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even of one kv head, which both hold, and though what was saved lay on one device."""
+    """Cut or in stages; even of one kv head, which both hold, and though what was saved lay on one device."""
     monkeypatch.setattr(orbax, "_SMALLEST_CHUNK", 1 << 15)  # so that the tiny model's leaves have several
     spec = llama(8, 1, dim=256)
     params = dummy_params(spec, seed=1)
@@ -200,9 +200,9 @@ def test_two_processes_read_their_halves_and_save_together(tmp_path: Path, monke
             out, err = process.communicate(timeout=120)
             assert process.returncode == 0, err
             told = json.loads(out.splitlines()[-1])
-            assert told["right"]
-            print(f"read {told['read']:,} of {sum(w.nbytes for w in jax.tree.leaves(params)):,} bytes")
-            assert told["read"] < 0.6 * sum(w.nbytes for w in jax.tree.leaves(params))
+            assert told["right"] == [True, True]
+            print(f"read {told['read']} of {sum(w.nbytes for w in jax.tree.leaves(params))} bytes")
+            assert max(told["read"]) < 0.6 * sum(w.nbytes for w in jax.tree.leaves(params))
     finally:
         for process in both:
             process.kill()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -15,6 +16,7 @@ from test_convert_gguf import ARCHITECTURES, write_gguf
 from test_families import tiny
 from tiny_models import CASES, write_checkpoint
 
+from jaxpaged.convert import stored_tensor
 from jaxpaged.convert.__main__ import convert
 from jaxpaged.convert.checkpoint import Checkpoint, open_checkpoint
 from jaxpaged.convert.load import leaves, load, readers, recipe_for
@@ -84,6 +86,18 @@ def test_a_tensor_that_cannot_be_cut_is_read_whole_and_said_so(
     assert f"{opaque.rules[0].sources[0]} cannot be read in parts" in caplog.text
 
 
+def test_rows_that_lie_together_are_one_read_in_whatever_order_and_however_often_they_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "hf", CASES["llama"].config, tiny("llama").shapes))
+    table = checkpoint.tensors["model.embed_tokens.weight"]
+    whole, rows = table.read(), np.array([9, 4, 3, 9, 5])
+    fill, lengths = stored_tensor._fill, []
+    monkeypatch.setattr(stored_tensor, "_fill", lambda *args: (lengths.append(fill(*args)), lengths[-1])[1])
+    np.testing.assert_array_equal(table.read_part(rows, np.arange(whole.shape[1])), whole[rows])
+    assert lengths == [3 * whole[0].nbytes, whole[0].nbytes]
+
+
 @pytest.mark.parametrize("path", ["layers.0.mixer.q.w", "layers.0.mixer.k.w", "layers.1.mixer.o.w", "embed.w"])
 @pytest.mark.parametrize("num_shards", [2, 4, 8])
 def test_fitted_axes_say_what_fitting_does(path: str, num_shards: int) -> None:
@@ -112,6 +126,7 @@ def test_a_mesh_gets_what_one_device_gets_and_each_byte_is_read_once(tmp_path: P
     meshes = [
         parallel(2),
         parallel(4),
+        parallel(2, layers=2),
         Placement(Mesh(np.reshape(jax.devices(), (4, 2)), ("dp", "model"))),
     ]
     for source in (hf, tmp_path / "native"):
@@ -123,3 +138,8 @@ def test_a_mesh_gets_what_one_device_gets_and_each_byte_is_read_once(tmp_path: P
                 a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (loaded.params, want)), strict=True)
             )
             assert all(np.array_equal(found, numbers(want)[path]) for path, found in numbers(loaded.params).items())
+    half = load(hf, dtype="bfloat16", put_for=meshes[0].put_for).params
+    want = meshes[0].place(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), one.params), one.spec)
+    assert all(
+        part.dtype == jnp.bfloat16 and np.array_equal(part, numbers(want)[p]) for p, part in numbers(half).items()
+    )

@@ -11,10 +11,10 @@ steps. Of a tree that holds more, such as an optimizer's state, the weights alon
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,10 @@ from jaxpaged.convert.checkpoint import SPEC, orbax_tree
 from jaxpaged.convert.load import resolve_dtype
 from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.integrations import trees
-from jaxpaged.model.params import Params, check_params, flatten
+from jaxpaged.model.params import Params, check_params, flatten, map_specs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder, from_json, to_json
+from jaxpaged.model.stages import array_of
 
 _TREE = "params"
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 16 << 20
@@ -73,9 +74,9 @@ def load(path: str | Path, *, dtype: str = "auto", placement: Placement | None =
         hint = f"name one of its steps, {', '.join(steps)}" if steps else "name a folder that Orbax wrote"
         raise CheckpointError(f"{folder} holds no tree that Orbax saved; {hint}")
     spec = _spec_of(folder)
-    saved = _saved(tree)
-    inside = "params" if "params" in saved and "embed" not in saved else None
-    return spec, _load(tree, saved, spec, None, inside, dtype, placement)
+    shapes = _shapes(tree)
+    inside = "params" if "params" in shapes and "embed" not in shapes else None
+    return spec, _load(_Saved(tree, shapes, inside), spec, None, dtype, placement)
 
 
 def load_tree(
@@ -93,39 +94,76 @@ def load_tree(
     `dtype` and `placement` are `load`'s.
     """
     folder = Path(path).expanduser().absolute()
-    return _load(folder, _saved(folder), spec, family, inside, dtype, placement)
+    shapes = _shapes(folder)
+    if inside is not None and inside not in shapes:
+        raise CheckpointError(f"{folder} holds {', '.join(sorted(shapes))}, and no {inside}; name one of them")
+    return _load(_Saved(folder, shapes, inside), spec, family, dtype, placement)
 
 
-def _load(
-    folder: Path,
-    saved: Any,
-    spec: Decoder,
-    family: str | None,
-    inside: str | None,
-    dtype: str,
-    placement: Placement | None,
-) -> Params:
-    if inside is not None and inside not in saved:
-        raise CheckpointError(f"{folder} holds {', '.join(sorted(saved))}, and no {inside}; name one of them")
-    shapes = saved if inside is None else saved[inside]
-    kind = _dtype(folder, shapes, dtype)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
+class _Saved(NamedTuple):
+    """A tree that Orbax saved, in shapes, and which part of it the weights are."""
+
+    folder: Path
+    tree: Any
+    inside: str | None
+
+    @property
+    def weights(self) -> Any:
+        return self.tree if self.inside is None else self.tree[self.inside]
+
+    def restore(self, target: Any) -> Any:
+        """The arrays of which `target`, shaped as the weights, gives shapes and places; nothing else is read.
+
+        `PLACEHOLDER` stands for those that lie in other processes alone, on another stage's devices.
+        """
+        # What is being read at once has a bound, which holds at least the largest leaf: it may be stored in one piece.
+        largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.tree))
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2 + largest // 10**9)
+        item = jax.tree.map(lambda leaf: leaf if leaf.sharding.addressable_devices else ocp.PLACEHOLDER, target)
+        item = item if self.inside is None else {self.inside: item}
+        in_part = not any(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(item))
+        if not in_part:  # then all that is not read must be said
+            item = jax.tree.map(lambda _: ocp.PLACEHOLDER, self.tree) | item
+        args = jax.tree.map(_restore_args, item)
+        with _told(self.folder), ocp.Checkpointer(handler) as checkpointer:
+            asked = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=in_part)
+            found = checkpointer.restore(self.folder, args=asked)
+        return found if self.inside is None else found[self.inside]
+
+
+def _load(saved: _Saved, spec: Decoder, family: str | None, dtype: str, placement: Placement | None) -> Params:
+    kind = _dtype(saved.folder, saved.weights, dtype)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), saved.weights)
     try:
         params = jax.eval_shape(lambda tree: trees.to_params(tree, spec, family), shapes)
     except ConfigError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    leaves, structure = jax.tree.flatten(shapes)
+        raise CheckpointError(f"{saved.folder}: {error}") from error
     if placement is None:
-        places = [jnp.empty(0).sharding] * len(leaves)  # the default device
-    elif family is None:
-        wanted = dict(flatten(placement.place(params, spec)))
-        places = [_place_of(leaf, wanted[name]) for leaf, name in zip(leaves, trees.names(shapes), strict=True)]
-    else:
-        places = [_spread(leaf.shape, placement.mesh, placement.mesh.axis_names) for leaf in leaves]
-    target = [jax.ShapeDtypeStruct(s.shape, kind, sharding=place) for s, place in zip(leaves, places, strict=True)]
-    tree = _restore(folder, saved, jax.tree.unflatten(structure, target), inside)
-    params = trees.to_params(tree, spec, family)
-    return params if placement is None else placement.place(params, spec)
+        default = jnp.empty(0).sharding
+        return trees.to_params(saved.restore(jax.tree.map(lambda leaf: _at(leaf, default), shapes)), spec, family)
+    if family is None:
+        return placement.place(_restore_ours(saved, shapes, dict(flatten(placement.place(params, spec))), spec), spec)
+    if placement.num_shards("layers") > 1 and jax.process_count() > 1:
+        raise CheckpointError(f"{saved.folder}: stages of several processes cannot be given a family's tree; save ours")
+    mesh = placement.mesh
+    spread = jax.tree.map(lambda leaf: _at(leaf, _spread(leaf.shape, mesh, mesh.axis_names)), shapes)
+    return placement.place(trees.to_params(saved.restore(spread), spec, family), spec)
+
+
+def _restore_ours(saved: _Saved, shapes: Any, wanted: Mapping[str, Any], spec: Decoder) -> Params:
+    """The weights, under our own names, where `wanted` has them, or near by where heads must be made to fit."""
+    leaves, structure = jax.tree.flatten(shapes)
+    names = trees.names(shapes)
+    target = [_at(leaf, _place_of(leaf, wanted[name])) for name, leaf in zip(names, leaves, strict=True)]
+    found = dict(zip(names, jax.tree.leaves(saved.restore(jax.tree.unflatten(structure, target))), strict=True))
+    for name, leaf in wanted.items():
+        if found[name] is ocp.PLACEHOLDER:
+            found[name] = array_of({}, leaf.shape, leaf.dtype, leaf.sharding)
+    return map_specs(lambda path, _: found[path], spec)
+
+
+def _at(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _in_chunks(leaf: Any) -> Any:
@@ -167,7 +205,7 @@ def _spec_of(folder: Path) -> Decoder:
         raise CheckpointError(f"{file} does not describe a model ({error}); write it again") from error
 
 
-def _saved(folder: Path) -> Any:
+def _shapes(folder: Path) -> Any:
     """The tree that lies there, of shapes: whatever was saved as no array has none of its own."""
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -179,17 +217,10 @@ def _saved(folder: Path) -> Any:
         return jax.tree.map(shape, checkpointer.metadata(folder).item_metadata.tree)
 
 
-def _restore(folder: Path, saved: Any, target: Any, inside: str | None) -> Any:
-    """The arrays that `target` gives shapes and places of, and nothing else of what is saved."""
-    # What is being read at once has a bound, which holds at least the largest leaf: it may be stored in one piece.
-    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2 + largest // 10**9)
-    places = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding), target)
-    item, args = (target, places) if inside is None else ({inside: target}, {inside: places})
-    asked = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
-    with _told(folder), ocp.Checkpointer(handler) as checkpointer:
-        found = checkpointer.restore(folder, args=asked)
-    return found if inside is None else found[inside]
+def _restore_args(leaf: Any) -> Any:
+    if leaf is ocp.PLACEHOLDER:
+        return ocp.RestoreArgs()
+    return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding)
 
 
 def _dtype(folder: Path, shapes: Any, name: str) -> np.dtype[Any]:
