@@ -148,6 +148,8 @@ class LLM:
         self, prompts: AnyPrompt | Iterable[AnyPrompt], params: BeamSearchParams, *, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         """Continue every prompt by beam search; the `outputs` of each are its hypotheses, best first."""
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(f"the parameters of a beam search are {params!r:.80}; give a BeamSearchParams")
         return self._run(listed(prompts), params, use_tqdm)
 
     def stream(

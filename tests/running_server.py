@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import subprocess
 import sys
 import threading
@@ -54,8 +55,9 @@ def running(
     server, found = make_server(app), listen("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[found])))
     thread.start()
-    url = f"http://127.0.0.1:{found.getsockname()[1]}"
-    with httpx.Client(base_url=url, timeout=60) as http:
+    url = f"{'https' if app.options.tls else 'http'}://127.0.0.1:{found.getsockname()[1]}"
+    trusted = ssl.create_default_context(cafile=app.options.tls[0]) if app.options.tls else True
+    with httpx.Client(base_url=url, timeout=60, verify=trusted) as http:
         try:
             yield RunningServer(url, app, engine, engine._engine, http)
         finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from running_server import running
-from tiny_chat_model import write_chat_model
+from tiny_chat_model import TEMPLATE, write_chat_model
 
 from jaxpaged import LLM
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with running(folder) as server:
+    with running(folder, chat_template=TEMPLATE + "{% if tools %}{{ tools | tojson }}{% endif %}") as server:
         yield server
         assert server.pages_held() == 0
 
@@ -67,6 +67,10 @@ def test_langchain(server, llm):
     assert {found[name] for name in ("chat", "streamed", "responses", "responses_streamed")} == {chat}
     assert found["together"] == [chat] * 6
     assert found["formed"] in ({"name": "banana"}, {"name": "12"})
+    for name in ("called", "called_streamed"):
+        (call,) = found[name]
+        assert call["name"] == "eat" and call["args"] in ({"name": "banana"}, {"name": "12"})
+    assert found["num_pieces"] > 3, "arguments come piece by piece"
     assert found["completion"] == answer(server, "/v1/completions", prompt="banana")
     assert found["usage"]["output_tokens"] == found["stream_usage"]["output_tokens"] == 6
     assert found["usage"]["input_tokens"] == found["stream_usage"]["input_tokens"] == len(llm.encode_chat(CONVERSATION))

@@ -100,6 +100,8 @@ def test_what_is_no_prompt_is_said_to_be_none(llm, prompts, message):
 def test_parameters_of_another_kind_are_refused(llm):
     with pytest.raises(RequestError, match=r"the sampling parameters are {'temperature': 0}; give a SamplingParams"):
         llm.generate("ban", {"temperature": 0})
+    with pytest.raises(RequestError, match="give a BeamSearchParams"):
+        llm.beam_search("ban", GREEDY)
 
 
 def test_a_chat_takes_what_its_template_asks_for_and_nothing_else(llm):

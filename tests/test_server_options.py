@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import jsonschema
@@ -13,6 +15,7 @@ from tiny_chat_model import write_chat_model
 
 from jaxpaged.__main__ import main
 from jaxpaged.server.openapi import OPERATIONS
+from jaxpaged.server.serve import tls_files
 
 ROOT = Path(__file__).parents[1]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -140,6 +143,37 @@ def test_origins_are_a_list(folder, capsys):
     with pytest.raises(SystemExit):
         main(["serve", str(folder), "--allowed-origins", SITE])
     assert "is no list of origins" in capsys.readouterr().err
+
+
+# TLS
+
+
+def certificate(folder, name):
+    """Files of a certificate of this machine's own, and of its key, as an operator makes them."""
+    made = folder / f"{name}.pem", folder / f"{name}-key.pem"
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    files = ["-out", made[0], "-keyout", made[1]]
+    subprocess.run(["openssl", "req", "-x509", *kind, *subject, *files], check=True, capture_output=True)
+    return made
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_the_api_speaks_tls(folder, tmp_path, capsys):
+    mine, other = certificate(tmp_path, "mine"), certificate(tmp_path, "other")
+    with running(folder, tls=tls_files(*mine)) as server:
+        assert server.url.startswith("https://")
+        assert server.post(COMPLETIONS, prompt="ban").status_code == 200
+        asked = json.dumps({"prompt": "ban", "stream": True})
+        answer = server.http.post(COMPLETIONS, content=asked, headers={"Content-Type": "application/json"})
+        assert answer.text.endswith("data: [DONE]\n\n")
+    for flags, told in (
+        (["--ssl-certfile", mine[0], "--ssl-keyfile", other[1]], "key values mismatch|KEY_VALUES_MISMATCH"),
+        (["--ssl-certfile", tmp_path / "none.pem"], "No such file"),
+        (["--ssl-keyfile", mine[1]], "but there is no --ssl-certfile; give both"),
+    ):
+        assert main(["serve", str(folder), "--port", "0", *map(str, flags)]) == 2
+        assert re.search(told, capsys.readouterr().err)
 
 
 # Documents

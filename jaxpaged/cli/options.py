@@ -44,8 +44,6 @@ INSTEAD = {
     "--load-format": "the format is told by the files; leave it out",
     "--enable-lora": "adapters are not served; merge them into the checkpoint",
     "--speculative-config": "speculative decoding is not served; leave it out",
-    "--ssl-keyfile": "have a proxy before the server speak TLS",
-    "--ssl-certfile": "have a proxy before the server speak TLS",
     "--root-path": "it is served below any path; have the proxy take the path off",
 }
 """vLLM's flags that people bring along, and what to do without them."""

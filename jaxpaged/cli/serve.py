@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxpaged.cli.answer_options import add_answer_arguments, answer_options
@@ -60,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="whose pages may ask from a browser, as in '[\"https://example.org\"]', or '[\"*\"]' (default: none)",
     )
+    group.add_argument("--ssl-certfile", type=Path, metavar="PEM", help="speak TLS with this certificate (default: no)")
+    group.add_argument("--ssl-keyfile", type=Path, metavar="PEM", help="its key (default: in the certificate's file)")
     group.add_argument(
         "--otlp-traces-endpoint",
         metavar="URL",
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--port is {args.port:,}; it must be 0 to {(1 << 16) - 1:,}")
     try:
         from jaxpaged.server.app import App, ServerOptions
-        from jaxpaged.server.serve import listen, serve
+        from jaxpaged.server.serve import listen, serve, tls_files
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("jaxpaged"):
             raise
@@ -83,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxpaged").setLevel(logging.INFO)
     answers, tracing = answer_options(args), _tracing(args.otlp_traces_endpoint)
+    tls = tls_files(args.ssl_certfile, args.ssl_keyfile)
     options = engine_options(args)
     if not join_processes(args):
         from jaxpaged import LLM
@@ -105,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
             enable_admin=args.enable_admin,
             log_requests=args.enable_log_requests,
             allowed_origins=args.allowed_origins,
+            tls=tls,
             **answers,
         ),
         tracing,
@@ -115,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     if defaults := app.options.sampling_defaults:
         told = ", ".join(f"{name} {value}" for name, value in defaults.items())
         print(f"what requests leave out is as the checkpoint says: {told}; --generation-config vllm: as OpenAI's API")
-    print(f"listening at http://{where}:{port}{'' if keys else ', no API key needed'}", flush=True)
+    print(
+        f"listening at {'https' if tls else 'http'}://{where}:{port}{'' if keys else ', no API key needed'}", flush=True
+    )
     status = serve(engine, app, found, args.shutdown_timeout)
     if tracing is not None:
         tracing.close()

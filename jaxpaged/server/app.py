@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxpaged.engine.chat_template import Message
@@ -69,6 +70,7 @@ class ServerOptions:
     allowed_origins: tuple[str, ...] = ()
     parsers: chat.Parsers = field(default_factory=chat.Parsers)
     chat_template: str | None = None  # instead of the checkpoint's
+    tls: tuple[Path, Path | None] | None = None  # files of a certificate and its key, None: in the same file
 
 
 class App:

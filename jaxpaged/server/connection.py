@@ -86,6 +86,14 @@ class BoundedConnection(HttpToolsProtocol):
         if not self.transport.is_closing():
             super().on_message_complete()
 
+    def shutdown(self) -> None:
+        """The server ends. A client that keeps its connection open is not waited for, as TLS otherwise would."""
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and self.transport.get_extra_info("sslcontext") is not None:
+            self.transport.abort()
+        else:
+            super().shutdown()
+
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
         self._timer = self.loop.call_later(seconds, self._expire)

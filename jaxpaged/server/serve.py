@@ -15,10 +15,12 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -61,8 +63,23 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
+def tls_files(certificate: Path | None, key: Path | None) -> tuple[Path, Path | None] | None:
+    """The files with which the API speaks TLS; None: it does not. Raises ConfigError where it could not."""
+    if certificate is None:
+        if key is not None:
+            raise ConfigError(f"--ssl-keyfile is {key} but there is no --ssl-certfile; give both")
+        return None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=b"")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot speak TLS with {certificate} and {key or 'no --ssl-keyfile'}: {reason}") from None
+    return certificate, key
+
+
 def make_server(app: App) -> Server:
     """A server for one app, not yet running."""
+    certificate, key = app.options.tls or (None, None)
     connection = type("Connection", (BoundedConnection,), {"body_timeout": app.options.body_timeout + 5})
     config = uvicorn.Config(
         app,
@@ -74,6 +91,8 @@ def make_server(app: App) -> Server:
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
         backlog=2048,
     )
     return Server(config)

@@ -25,6 +25,11 @@ responses = ChatOpenAI(**common, temperature=0, max_completion_tokens=6, use_res
 embeddings = OpenAIEmbeddings(**common, check_embedding_ctx_length=False)  # True takes the tokens of OpenAI's models
 
 
+calling = long.bind_tools([{"type": "function", "function": {"name": "eat", "parameters": FRUIT}}], tool_choice="eat")
+pieces = list(calling.stream("ban"))
+streamed = sum(pieces[1:], pieces[0])
+
+
 async def together():
     return [message.content for message in await chat.abatch([messages] * 6)]
 
@@ -40,6 +45,9 @@ print(
             "responses": responses.invoke(messages).text,
             "responses_streamed": "".join(chunk.text for chunk in responses.stream(messages)),
             "formed": long.with_structured_output(FRUIT, method="json_schema").invoke("ban"),
+            "called": calling.invoke("ban").tool_calls,
+            "called_streamed": streamed.tool_calls,
+            "num_pieces": len([piece for piece in pieces if piece.tool_call_chunks]),
             "completion": OpenAI(**common, temperature=0, max_tokens=6).invoke("banana"),
             "embeddings": embeddings.embed_documents(["ban", "banana 12"]),
             "query": embeddings.embed_query("ban"),
