@@ -92,6 +92,12 @@ def orbax_tree(path: str | Path) -> Path | None:
         return None
 
 
+def orbax_spec(folder: Path) -> Path | None:
+    """The file that says what an Orbax checkpoint's weights are, beside it or up to two folders above: a run has one."""
+    files = (above / SPEC for above in (folder, *folder.absolute().parents[:2]))
+    return next((file for file in files if file.is_file()), None)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of a Hugging Face folder. Raises CheckpointError where it is none that we can serve."""
     if not (folder / CONFIG).is_file():

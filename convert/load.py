@@ -17,7 +17,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxpaged.convert.checkpoint import SPEC, Checkpoint, Format, locate, open_checkpoint, read_config
+from jaxpaged.convert.checkpoint import (
+    SPEC,
+    Checkpoint,
+    Format,
+    locate,
+    open_checkpoint,
+    orbax_spec,
+    orbax_tree,
+    read_config,
+)
 from jaxpaged.convert.families import Family, family_of
 from jaxpaged.convert.rules import Part, Rule, copy, hf_shapes, load_leaves
 from jaxpaged.convert.stored_tensor import BYTES_READ, Array, StoredTensor
@@ -110,8 +119,9 @@ def describe(path: str | Path) -> Described:
     if found.is_file() or any(found.glob("*.safetensors")):
         checkpoint = open_checkpoint(found)
         return Described(recipe_for(checkpoint).spec, checkpoint.dtype)
-    if (found / SPEC).is_file():
-        return Described(_native_spec(found / SPEC), None)
+    spec_file = orbax_spec(found) if orbax_tree(found) is not None else found / SPEC
+    if spec_file is not None and spec_file.is_file():
+        return Described(_native_spec(spec_file), None)
     config = read_config(found)
     _, spec = _family_and_spec(config, found)
     return Described(spec, DTYPES.get(str(config.get("dtype", config.get("torch_dtype")))))

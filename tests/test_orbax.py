@@ -16,7 +16,7 @@ from test_processes import free_port
 from test_sharding import ENGINE, MODELS, llama, tokens_of, weights
 
 from jaxpaged import LLM, CheckpointError
-from jaxpaged.convert.load import load
+from jaxpaged.convert.load import describe, load
 from jaxpaged.convert.native import save_params
 from jaxpaged.model.params import dummy_params, flatten
 from jaxpaged.model.sharding import Placement, parallel
@@ -110,6 +110,7 @@ def test_a_trainers_run_is_served_step_by_step_and_only_its_weights_are_read(tmp
     assert bytes_read() - before < 2 * sum(w.nbytes for w in jax.tree.leaves(params))  # of 3, and what describes them
     assert_lies_as_placed(llm.engine.params, spec, MESHES["tp 4"])
     assert tokens_of(llm) == tokens_of(LLM((spec, weights(spec)), **ENGINE))
+    assert describe(run / "7").spec == spec
     llm.engine.update_params(orbax.load(run / "12")[1])
     assert tokens_of(llm) == tokens_of(LLM(str(run / "12" / "default"), dtype="float32", **ENGINE))
 

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxpaged.convert.checkpoint import SPEC, orbax_tree
+from jaxpaged.convert.checkpoint import SPEC, orbax_spec, orbax_tree
 from jaxpaged.convert.load import resolve_dtype
 from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.integrations import trees
@@ -192,9 +192,7 @@ def _spread(shape: Sequence[int], mesh: Any, axes: Sequence[str], but: Sequence[
 
 
 def _spec_of(folder: Path) -> Decoder:
-    above = (folder, *folder.parents[:2])
-    file = next((f / SPEC for f in above if (f / SPEC).is_file()), None)
-    if file is None:
+    if (file := orbax_spec(folder)) is None:
         raise CheckpointError(
             f"neither {folder} nor two folders above it hold {SPEC}, which says what the weights compute; "
             "write it with jaxpaged.integrations.orbax.write_spec"
