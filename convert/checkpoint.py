@@ -93,7 +93,7 @@ def orbax_tree(path: str | Path) -> Path | None:
 
 
 def orbax_spec(folder: Path) -> Path | None:
-    """The file that says what an Orbax checkpoint's weights are, beside it or up to two folders above: a run has one."""
+    """The file that says what an Orbax checkpoint is of, beside it or up to two folders above: a run has one."""
     files = (above / SPEC for above in (folder, *folder.absolute().parents[:2]))
     return next((file for file in files if file.is_file()), None)
 
