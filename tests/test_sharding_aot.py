@@ -20,6 +20,7 @@ from jaxpaged import EngineConfig
 from jaxpaged.engine.batch import Bucket
 from jaxpaged.engine.forecast import Forecaster
 from jaxpaged.engine.runner import Runner
+from jaxpaged.model.blocks import BLOCK
 from jaxpaged.model.params import map_specs
 from jaxpaged.model.sharding import Placement, ShardingRules
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
@@ -55,12 +56,14 @@ def no_compilation_cache() -> Iterator[None]:
 
 
 @cache
-def compiled(num_devices: int, name: str, size: int | Bucket, data: int = 1, sequence: int = 1) -> Any:
+def compiled(
+    num_devices: int, name: str, size: int | Bucket, data: int = 1, sequence: int = 1, batch_invariant: bool = False
+) -> Any:
     """A runner's function for so many H200s, times the others. The runner has shapes of weights, and no pool."""
     mesh = aot.mesh("H200", data=data, sequence=sequence, model=num_devices)
     rules = ShardingRules(data="data" if data > 1 else None, sequence="sequence" if sequence > 1 else None)
     settings: dict[str, Any] = {"max_num_seqs": ROWS, "max_num_batched_tokens": ROWS + 512, "max_model_len": 4096}
-    config = EngineConfig(num_pages=4096, **settings)
+    config = EngineConfig(num_pages=4096, batch_invariant=batch_invariant, **settings)
     params = map_specs(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), LLAMA)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return getattr(Runner(LLAMA, params, config, Placement(mesh, rules)).functions, name)(size)
@@ -104,6 +107,17 @@ def test_data_shards_do_what_one_does_and_no_word_passes_between_them(name):
     alone, both = alone.memory_analysis(), both.memory_analysis()
     assert alone.alias_size_in_bytes == both.alias_size_in_bytes
     assert abs(alone.temp_size_in_bytes - both.temp_size_in_bytes) < 1 << 16
+
+
+def test_rows_computed_in_blocks_are_summed_in_blocks():
+    step = compiled(2, "forward", Bucket(ROWS, 512, 16), data=2, batch_invariant=True)
+    assert moved(step.as_text()) == {Moved("all-reduce", "bf16", (BLOCK, 4096)): 2 * LAYERS + 1}
+    memory = step.memory_analysis()
+    assert memory.alias_size_in_bytes == POOL_BYTES // 2
+    assert memory.temp_size_in_bytes < POOL_BYTES // 4
+    for name in ("sample", "logprobs"):
+        function = compiled(2, name, ROWS, data=2, batch_invariant=True)
+        assert max(array.size for array in moved(function.as_text())) <= BLOCK * (VOCAB // 128 + 2)
 
 
 def test_a_prompt_split_over_4_pairs_of_gpus_moves_heads_and_the_sums_of_fewer_rows():
