@@ -124,12 +124,13 @@ def test_what_is_no_function_is_refused():
 MESHES = [
     {"data_parallel_size": 2, "tensor_parallel_size": 2, "num_pages": 24},
     *(
-        pytest.param(sizes, marks=(pytest.mark.slow, pytest.mark.long))
+        pytest.param(sizes, marks=pytest.mark.long)
         for sizes in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2})
     ),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_functions_see_whole_rows_on_a_mesh(mesh):
     """Of their own sequences, on whatever data shard, in completions and after preemption too."""
