@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import jax
 from tqdm import tqdm
@@ -37,6 +38,37 @@ def traced(name: str, jitted: Jitted, shapes: tuple[Any, ...]) -> Lowered:
     return lowered
 
 
+class OfCompiler(Protocol):
+    """What `kept` needs of an object: its compiler, and room for what was made."""
+
+    compiler: Compiler
+    made: dict[Hashable, Any]
+
+
+Owner = TypeVar("Owner", bound=OfCompiler)
+Sizes = ParamSpec("Sizes")
+Made = TypeVar("Made")
+
+
+def kept(make: Callable[Concatenate[Owner, Sizes], Made]) -> Callable[Concatenate[Owner, Sizes], Made]:
+    """A method that gives a compiled function for sizes, and once it is compiled the same one: to make up shapes and
+    shardings of all arguments takes as long as the call, and a step asks each time.
+    """
+
+    @wraps(make)
+    def known(self: Owner, /, *sizes: Sizes.args, **named: Sizes.kwargs) -> Made:
+        key = make.__name__, sizes
+        if key in self.made:
+            found: Made = self.made[key]
+            return found
+        made = make(self, *sizes, **named)
+        if not self.compiler.is_ahead:
+            self.made[key] = made
+        return made
+
+    return known
+
+
 class Compiler:
     """Owns the compiled functions: each is made once, ahead of time or when it is first asked for."""
 
@@ -44,6 +76,11 @@ class Compiler:
         self.is_compiling = False
         self._functions: dict[Key, Callable[..., Any]] = {}
         self._ahead: Callable[[Key, Lowered], None] | None = None
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether functions that are asked for are only begun."""
+        return self._ahead is not None
 
     @property
     def num_compiled(self) -> int:

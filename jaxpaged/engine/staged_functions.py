@@ -8,7 +8,7 @@ Where stages lie in several processes, each calls them all, in the same order: w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from jaxpaged.engine import batch
 from jaxpaged.engine.batch import Bucket
-from jaxpaged.engine.compilation import Compiler
+from jaxpaged.engine.compilation import Compiler, kept
 from jaxpaged.engine.links import Links
 from jaxpaged.engine.relay import Function, Relay
 from jaxpaged.engine.step_functions import RELAYED, StepFunctions, as_shape
@@ -49,6 +49,8 @@ class StagedFunctions:
         self._params, self._cache = jax.tree.map(as_shape, (params, cache))
         self._placements = placement.stages
         self._stages = make_stages(len(cache.pools), len(self._placements))
+        self.compiler = compiler
+        self.made: dict[Hashable, Any] = {}
         self._links = Links(compiler)
         self._relay = relay
         self._of = [
@@ -86,6 +88,7 @@ class StagedFunctions:
             case _:
                 return self._last.named(number, sizes)
 
+    @kept
     def forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, Any]]:
         """forward(params, cache, inputs, fed), as of one stage."""
         calls, (*_, inputs, _) = self._calls([of.forward(bucket) for of in self._of])
@@ -104,6 +107,7 @@ class StagedFunctions:
         fed = jax.ShapeDtypeStruct((self.num_shards * self.max_rows,), np.int32, sharding=fed_to)
         return self._relayed("forward", bucket, through, (self._params, self._cache, inputs, fed))
 
+    @kept
     def prompt_logprobs(self, tokens: int) -> Callable[..., Logprobs]:
         """prompt_logprobs(params, hidden, rows, targets), by the last stage's head."""
         (told,), (_, *shapes) = self._calls([self._last.prompt_logprobs(tokens)])
@@ -114,14 +118,17 @@ class StagedFunctions:
 
         return self._relayed("prompt_logprobs", (tokens,), by_last, (self._params, *shapes))
 
+    @kept
     def scrub(self) -> Callable[..., KVCache]:
         """scrub(cache, pages)."""
         return self._over_cache("scrub", [of.scrub() for of in self._of])
 
+    @kept
     def copy_pages(self) -> Callable[..., KVCache]:
         """copy_pages(cache, sources, targets)."""
         return self._over_cache("copy", [of.copy_pages() for of in self._of])
 
+    @kept
     def read_pages(self) -> Callable[..., tuple[Pool, ...]]:
         """read_pages(cache, page_ids): of all layers."""
         calls = [of.read_pages() for of in self._of]
@@ -132,6 +139,7 @@ class StagedFunctions:
 
         return read
 
+    @kept
     def write_pages(self) -> Callable[..., KVCache]:
         """write_pages(cache, page_ids, pages), pages of all layers."""
         calls = [of.write_pages() for of in self._of]
@@ -154,6 +162,7 @@ class StagedFunctions:
             leaves[index] = array
         return jax.tree.unflatten(structure, leaves)
 
+    @kept
     def _brought(self, count: int) -> Callable[..., Any]:
         def moved(*arrays: jax.Array) -> tuple[Any, ...]:
             return tuple(self._links.move(array, self._home(array.sharding)) for array in arrays)

@@ -6,7 +6,7 @@ Where a placement cuts data, each is one data shard's, run for all of them by `P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import batch
 from jaxpaged.engine.batch import Bucket
-from jaxpaged.engine.compilation import Build, Compiler, Jitted, traced
+from jaxpaged.engine.compilation import Build, Compiler, Jitted, kept, traced
 from jaxpaged.engine.relay import Function, Relay
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import sampling
@@ -73,7 +73,8 @@ class StepFunctions:
         self.attention_backend = config.attention_backend
         self.batch_invariant = config.batch_invariant
         self.moves_pages = config.host_cache_gb > 0
-        self._compiler = compiler
+        self.compiler = compiler
+        self.made: dict[Hashable, Any] = {}
         self._build = build
         self._relay = relay
 
@@ -103,7 +104,7 @@ class StepFunctions:
         build = traced if name in _ALWAYS_TRACED else self._build
         shapes = jax.tree.map(self._on_mesh, shapes)
         of = () if self.stage is None else (f"stage {self.stage.index}",)
-        compiled = self._compiler.get((name, (*sizes, *of)), build, jitted, shapes)
+        compiled = self.compiler.get((name, (*sizes, *of)), build, jitted, shapes)
         if self._relay is None:
             return compiled
         return Function(self._relay, RELAYED.index(name), sizes, compiled, shapes)
@@ -159,6 +160,7 @@ class StepFunctions:
     def _cache_shardings(self) -> Any:
         return jax.tree.map(lambda leaf: leaf.sharding, self.cache)
 
+    @kept
     def forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, Any]]:
         """forward(params, cache, inputs, fed): the model on a step's tokens; `fed` are what the step before sampled, or
         what the stage before gave.
@@ -192,6 +194,7 @@ class StepFunctions:
         shape = self.num_shards * bucket.num_tokens, self.spec.dim
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
 
+    @kept
     def sample(self, rows: int) -> Callable[..., Sampled]:
         """sample(logits, inputs): a token a row. Of several data shards, each also takes the inputs of all."""
 
@@ -215,6 +218,7 @@ class StepFunctions:
         function = self._jit(padded, self._told, whole=(2,))
         return self._compile(("sample", rows), function, self._logits(rows), inputs, *everyone)
 
+    @kept
     def logprobs(self, rows: int) -> Callable[..., Logprobs]:
         """logprobs(logits, tokens, temperature) of sampled tokens and of the likeliest."""
         told = partial(sampling.logprobs_of, batch_invariant=self.batch_invariant, placement=self.placement)
@@ -225,12 +229,14 @@ class StepFunctions:
         shapes = self._logits(rows), _shape(self.max_rows), _shape(rows, dtype=np.float32)
         return self._compile(("logprobs", rows), self._jit(unpadded, self._told), *shapes)
 
+    @kept
     def edit(self, rows: int) -> Callable[..., jax.Array]:
         """edit(logits, edits): the logits changed."""
         count = batch.EDITS_PER_CALL
         edits = Edits(_shape(count), _shape(count), _shape(count, dtype=np.float32), _shape(count, dtype=np.float32))
         return self._compile(("edit", rows), self._jit(sampling.edit, self._cut_logits), self._logits(rows), edits)
 
+    @kept
     def restrict(self, rows: int) -> Callable[..., jax.Array]:
         """restrict(logits, allowed): the logits of all other tokens at -inf."""
         allowed = _shape(rows, -(-self.spec.vocab_size // 32), dtype=np.uint32)
@@ -238,6 +244,7 @@ class StepFunctions:
             ("restrict", rows), self._jit(sampling.restrict, self._cut_logits), self._logits(rows), allowed
         )
 
+    @kept
     def prompt_logprobs(self, tokens: int) -> Callable[..., Logprobs]:
         """prompt_logprobs(params, hidden, rows, targets) of tokens that the host knows."""
         found = partial(sampling.prompt_logprobs, spec=self.spec, placement=self.placement)
@@ -246,6 +253,7 @@ class StepFunctions:
         rows = _shape(batch.PROMPT_ROWS)
         return self._compile(("prompt_logprobs", tokens), function, self.params, self._hidden(tokens), rows, rows)
 
+    @kept
     def sum_hidden(self, bucket: Bucket) -> Callable[..., jax.Array]:
         """sum_hidden(hidden, owners). Not among `jobs`: few engines are asked for embeddings, and it compiles fast."""
         summed = partial(sum_by_owner, num_owners=bucket.num_rows)
@@ -255,12 +263,14 @@ class StepFunctions:
     def _hidden(self, tokens: int) -> Any:
         return jax.ShapeDtypeStruct((self.num_shards * tokens, self.spec.dim), self.dtype, sharding=self._rows)
 
+    @kept
     def scrub(self) -> Callable[..., KVCache]:
         """scrub(cache, pages): the cache with pages zeroed."""
         return self._compile(
             ("scrub", 0), self._jit(kv_cache.scrub, self._cache_shardings, donate=0), self.cache, _shape(self.max_pages)
         )
 
+    @kept
     def copy_pages(self) -> Callable[..., KVCache]:
         """copy_pages(cache, sources, targets): the cache with pages copied."""
         pages = _shape(batch.COPIES_PER_CALL)
@@ -268,6 +278,7 @@ class StepFunctions:
             ("copy", 0), self._jit(kv_cache.copy_pages, self._cache_shardings, donate=0), self.cache, pages, pages
         )
 
+    @kept
     def read_pages(self) -> Callable[..., Any]:
         """read_pages(cache, page_ids), into pinned memory of the host where the device has a way there, so that nobody
         waits for the copy.
@@ -280,6 +291,7 @@ class StepFunctions:
         jitted: Jitted = kv_cache.read_pages, {"out_shardings": jax.tree.map(beside, self.cache.pools)}
         return self._compile(("read_pages", 0), jitted, self.cache, _shape(batch.MOVES_PER_CALL))
 
+    @kept
     def write_pages(self) -> Callable[..., KVCache]:
         """write_pages(cache, page_ids, pages): the cache with pages from the host."""
         count = batch.MOVES_PER_CALL
