@@ -151,11 +151,11 @@ def test_processes_answer_as_one_and_end_as_one(
 @pytest.mark.parametrize(
     ("num", "devices", "meshes"),
     [
-        (2, 2, [mesh(2, data=2), mesh(2, context=2)]),
+        (2, 2, [mesh(2, data=2), mesh(2, context=2), mesh(2, stages=2)]),
         pytest.param(4, 1, [mesh(2, data=2), mesh(context=4), mesh(data=4)], marks=pytest.mark.long),
     ],
 )
-def test_data_shards_and_split_prompts_over_processes_give_the_tokens_of_one_device(
+def test_data_shards_split_prompts_and_stages_over_processes_give_the_tokens_of_one_device(
     model: Path, alone: dict[str, Any], num: int, devices: int, meshes: list[dict[str, int]]
 ) -> None:
     with run(model, num, meshes, devices=devices) as processes:

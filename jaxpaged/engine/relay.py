@@ -59,8 +59,11 @@ class Function:
 class Relay:
     """One process's end. `made` are the arrays that are still wanted, by number."""
 
-    def __init__(self, fingerprint: str, devices: Sequence[jax.Device]) -> None:
+    def __init__(self, fingerprint: str, devices: Sequence[jax.Device], stages: int = 1) -> None:
         """For steps on these devices. ConfigError where the processes were not started with the same `fingerprint`."""
+        # XLA's CPU runs in order only what is over the same devices, and what stages call is not: threads of two calls
+        # that each wait for all devices could wait for each other.
+        self._in_turn = stages > 1 and devices[0].platform == "cpu"
         self.is_leader = jax.process_index() == 0
         self._is_released = False  # what the leader knows of the followers
         self._send = _collective(_carriers(devices))
@@ -112,9 +115,13 @@ class Relay:
         sizes = (*function.sizes, *[0] * (3 - len(function.sizes)))
         self._tell(CALL, [function.number, *sizes], numbers, data)
         with self.guard():
-            result = function.compiled(*args)
+            result = self.done(function.compiled(*args))
         self.adopt(result)
         return result
+
+    def done(self, result: Any) -> Any:
+        """What a call gave, waited for where one must end before the next begins."""
+        return jax.block_until_ready(result) if self._in_turn else result
 
     def tell(self, kind: int, number: int = 0) -> None:
         """Have the followers do this, those that `follow` and those that do the same call."""
@@ -197,7 +204,7 @@ class Relay:
             raw = words[at : (at := at - (-num_bytes // 4))].view(np.uint8)[:num_bytes]
             leaves.append(raw.view(shape.dtype).reshape(shape.shape))
         with self.guard():
-            self.adopt(function.compiled(*jax.tree.unflatten(structure, leaves)))
+            self.adopt(self.done(function.compiled(*jax.tree.unflatten(structure, leaves))))
 
     def _leave(self) -> None:
         """At exit: followers that were released go on by themselves."""
@@ -224,7 +231,7 @@ class Relay:
         self._is_released = self._is_released and kind != CALL
         with self.guard():
             pieces = [message[begin : begin + self._room] for begin in range(0, len(message), self._room)]
-            sums = [self._send(self._frame(piece, answer)) for piece in pieces]
+            sums = [self.done(self._send(self._frame(piece, answer))) for piece in pieces]
 
         def answers() -> Words:
             with self.guard():
@@ -269,7 +276,7 @@ def make_relay(placement: Placement | None, fingerprint: str, config: EngineConf
             f"host_cache_gb is {config.host_cache_gb:g} over {len(spanned)} processes, whose pages the host does not "
             "keep yet; set it to 0"
         )
-    return Relay(fingerprint, list(placement.mesh.devices.flat))
+    return Relay(fingerprint, list(placement.mesh.devices.flat), stages)
 
 
 def least(number: int, placement: Placement | None) -> int:

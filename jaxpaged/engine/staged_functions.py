@@ -99,8 +99,8 @@ class StagedFunctions:
             pools: tuple[Pool, ...] = ()
             carried = fed
             for index, (stage, call, place) in enumerate(zip(self._stages, calls, places, strict=True)):
-                carried = self._links.move(carried, place)
-                own, carried = call(self._own(index, params), stage.cache(cache), inputs, carried)
+                carried = self._done(self._links.move(carried, place))
+                own, carried = self._done(call(self._own(index, params), stage.cache(cache), inputs, carried))
                 pools += own.pools
             return KVCache(pools), carried
 
@@ -165,10 +165,13 @@ class StagedFunctions:
     @kept
     def _brought(self, count: int) -> Callable[..., Any]:
         def moved(*arrays: jax.Array) -> tuple[Any, ...]:
-            return tuple(self._links.move(array, self._home(array.sharding)) for array in arrays)
+            return tuple(self._done(self._links.move(array, self._home(array.sharding))) for array in arrays)
 
         known = jax.ShapeDtypeStruct((), np.int32)  # never sent: these arrays are on the devices
         return self._relayed("at_hand", (count,), moved, (known,) * count)
+
+    def _done(self, result: T) -> T:
+        return result if self._relay is None else self._relay.done(result)
 
     def _home(self, sharding: Any) -> NamedSharding:
         return NamedSharding(self._placements[0].mesh, sharding.spec)
