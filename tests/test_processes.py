@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CACHE
+from real_model import smollm2_gguf
 from tiny_models import CASES, write_checkpoint
 from training_process import GREEDY, PROMPTS, SETTINGS, SPEC, trained, weights
 
@@ -34,7 +36,9 @@ CONFIG = CASES["llama"].config | {
 }
 CONFIG |= {"num_key_value_heads": 4, "max_position_embeddings": 128}
 LONGEST = 300  # seconds that processes may take for all they do, on a machine that does other things too
-PATIENCE = 10  # seconds after which no process may be left
+PATIENCE = 30  # seconds after which no process may be left; 10 on a machine that does nothing else
+ADDRESS = "where they meet"
+HERE = Path(__file__).parent
 
 
 def free_port() -> int:
@@ -44,21 +48,21 @@ def free_port() -> int:
 
 
 class Processes:
-    """`num` that run a script with their address, `num`, their id and more; killed at the end, or if they take long."""
+    """One for each command, with an address where they meet; killed at the end, or if they take long."""
 
-    def __init__(self, script: str, num: int, *more: str) -> None:
+    def __init__(self, *commands: Sequence[str]) -> None:
         address = f"127.0.0.1:{free_port()}"
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "PYTHONUNBUFFERED": "1"}
         self.all = [
             subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name(script)), address, str(num), str(process), *more],
+                [sys.executable, *(address if word == ADDRESS else word for word in command)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 env=environment,
             )
-            for process in range(num)
+            for command in commands
         ]
         self.end = threading.Timer(LONGEST, self.kill)
         self.end.start()
@@ -101,7 +105,8 @@ def mesh(tensor: int = 1, data: int = 1, context: int = 1, stages: int = 1) -> d
 
 def run(model: Path, num: int, meshes: list[dict[str, int]], *linger: str, devices: int = 1) -> Processes:
     """Processes with so many devices each, which make an LLM on one mesh after the other."""
-    return Processes("process.py", num, str(model), str(devices), json.dumps(meshes), *linger)
+    more = str(model), str(devices), json.dumps(meshes), *linger
+    return Processes(*([str(HERE / "process.py"), ADDRESS, str(num), str(index), *more] for index in range(num)))
 
 
 @pytest.fixture(scope="module")
@@ -164,15 +169,38 @@ def test_data_shards_split_prompts_and_stages_over_processes_give_the_tokens_of_
             assert told[0]["tokens"] == alone["tokens"], sizes
             assert told[0]["again"] == alone["again"], sizes
             assert all(each["read"] <= each["stored"] for each in told), sizes  # though several devices here have it
-        assert [process.wait(timeout=60) for process in processes.all] == [0] * num
+        assert [process.wait() for process in processes.all] == [0] * num
 
 
 def test_followers_return_when_the_leader_is_done(model: Path) -> None:
     with run(model, 2, [mesh(2)]) as processes:
-        out, err = processes.all[1].communicate(timeout=120)
+        out, err = processes.all[1].communicate()
         assert "the leader is done" in out, err
         assert processes.all[1].returncode == 0
-        assert processes.all[0].wait(timeout=10) == 0
+        assert processes.all[0].wait() == 0
+
+
+def test_processes_that_were_given_different_settings_end_and_say_so(model: Path) -> None:
+    command = [str(HERE / "process.py"), ADDRESS, "2"]
+    meshes = [json.dumps([mesh(2) | {"page_size": size}]) for size in (8, 4)]
+    with Processes(*([*command, str(index), str(model), "1", each] for index, each in enumerate(meshes))) as processes:
+        for process in processes.all:
+            _, err = process.communicate()
+            assert "ConfigError: the 2 processes were given different models or settings; give all the same" in err
+            assert process.returncode != 0
+
+
+def test_smollm2_answers_from_the_command_line_of_two_processes() -> None:
+    command = ["-m", "jaxpaged", "generate", str(smollm2_gguf()), "What is the capital of France?", "--chat", "--json"]
+    command += ["--temperature", "0", "--max-tokens", "8", "--max-num-batched-tokens", "64", "--max-model-len", "64"]
+    command += ["--num-pages", "16", "--no-warmup", "--tensor-parallel-size", "2", "--num-processes", "2"]
+    command += ["--coordinator-address", ADDRESS, "--process-id"]
+    with Processes([*command, "0"], [*command, "1"]) as processes:
+        leader, follower = (process.communicate() for process in processes.all)
+        assert [process.returncode for process in processes.all] == [0, 0], (leader[1], follower[1])
+    (line,) = (line for line in leader[0].splitlines() if line.startswith("{"))
+    assert json.loads(line)["outputs"][0]["text"] == "The capital of France is Paris."
+    assert "Paris" not in follower[0]
 
 
 def test_processes_that_train_hand_each_its_part_of_the_new_weights_to_the_engine() -> None:
@@ -180,9 +208,10 @@ def test_processes_that_train_hand_each_its_part_of_the_new_weights_to_the_engin
         llm = LLM((SPEC, params), warmup=False, **SETTINGS)
         return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
-    with Processes("training_process.py", 2) as processes:
+    command = [str(HERE / "training_process.py"), ADDRESS, "2"]
+    with Processes([*command, "0"], [*command, "1"]) as processes:
         leader, follower = (processes.told(index) for index in range(2))
-        assert [process.wait(timeout=30) for process in processes.all] == [0, 0]
+        assert [process.wait() for process in processes.all] == [0, 0]
     first, second, third = alone(weights(1)), alone(weights(2)), alone(trained(weights(2)))
     assert len({str(tokens) for tokens in (first, second, third)}) == 3
     assert leader["first"] == leader["woken by all"] == first
@@ -195,5 +224,7 @@ def test_processes_that_train_hand_each_its_part_of_the_new_weights_to_the_engin
     assert leader["over"] == len(PROMPTS)
     assert all(versions == sorted(versions) and set(versions) == {1, 2} for versions in leader["versions"])
     for each in (leader, follower):
+        early, late = each["arrays"]
+        assert late <= early + 4, "what calls gave is held on to"
         assert each["freed"] == each["freed by all"] == each["owned"]
         assert each["without"] == "sleep(2) let go of the weights; call wake_up(params)"

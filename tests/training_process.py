@@ -52,6 +52,11 @@ def held() -> int:
     return bytes_of(jax.live_arrays())
 
 
+def num_arrays() -> int:
+    gc.collect()
+    return len(jax.live_arrays())
+
+
 def main(address: str, num: str, process: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
@@ -67,6 +72,7 @@ def main(address: str, num: str, process: str) -> None:
     def turn(name: str, ask: Callable[[], Any]) -> None:
         """What the leader asks while the others follow, and what these are told then."""
         told[name] = ask() if leads else llm.follow()
+        gc.collect()  # the leader's: what it has let go of the others learn when they are released
         llm.release()
 
     def answers() -> Any:
@@ -85,11 +91,13 @@ def main(address: str, num: str, process: str) -> None:
     params = make(2)
     engine.update_params(params)
     turn("second", answers)
+    told["arrays"] = [num_arrays()]
 
     headless = {name: tree for name, tree in params.items() if name != "head"}
     told["refused"] = refusal(partial(engine.update_params, params if leads else headless))
     turn("alone", partial(refusal, partial(engine.update_params, params)))
     turn("unchanged", answers)
+    told["arrays"] += [num_arrays()]
 
     done = {}
 
