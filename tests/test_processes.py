@@ -149,7 +149,9 @@ def test_processes_answer_as_one_and_end_as_one(
             assert process.returncode != 0
             assert process.stderr is not None
             message = process.stderr.read()
-            assert "another one has gone" in message or "another task died" in message
+            # JAX's own message comes where nothing runs, and may be first where the lost one had JAX's service.
+            by_jax = "another task died" in message and (meanwhile == "idle" or lost == 0)
+            assert by_jax or "another one has gone" in message
         print(f"{num} processes, {lost} killed at {meanwhile}: all gone after {time.monotonic() - killed:.1f} s")
 
 
@@ -221,6 +223,7 @@ def test_processes_that_train_hand_each_its_part_of_the_new_weights_to_the_engin
     assert leader["refused"].startswith("process 1 of 2 was given params that do not fit")
     assert leader["alone"].startswith("process 1 of 2 only follows; call llm.release()")
     assert leader["under way"] == 0
+    assert leader["early"].startswith("the weights were deleted, or donated to another function")
     assert leader["over"] == len(PROMPTS)
     assert all(versions == sorted(versions) and set(versions) == {1, 2} for versions in leader["versions"])
     for each in (leader, follower):

@@ -111,6 +111,7 @@ def main(address: str, num: str, process: str) -> None:
             engine.add_request(str(index), prompt, GREEDY)
     turn("under way", lambda: some_steps(7))
     params, headless = train(params), {}
+    told["early"] = refusal(engine.step) if leads else ""
     engine.update_params(params)
     turn("over", lambda: some_steps(20))
     told["versions"] = [done[str(index)].weight_versions for index in range(len(done))]

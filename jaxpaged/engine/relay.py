@@ -109,6 +109,8 @@ class Relay:
                 "requests; call llm.follow()"
             )
         leaves = jax.tree.leaves(args)
+        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
+            raise RuntimeError("an array was deleted, perhaps donated; nothing has been called in any process")
         numbers = [self._numbers.get(id(leaf), -1) if isinstance(leaf, jax.Array) else -1 for leaf in leaves]
         shapes = jax.tree.leaves(function.shapes)
         data = [_words(x, s.dtype) for x, s, n in zip(leaves, shapes, numbers, strict=True) if n < 0]
@@ -189,7 +191,9 @@ class Relay:
         """What fails on a device here has failed for all: this process ends, and with it the others."""
         try:
             yield
-        except jax.errors.JaxRuntimeError as error:
+        except ConfigError:
+            raise
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter from what was called without waiting
             _die(error)
 
     def _call_too(self, function: Function, words: Words) -> None:
