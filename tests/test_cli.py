@@ -136,6 +136,12 @@ REFUSED = [
         "there is no --trust-remote-code: a checkpoint's own code is",
     ),
     (["serve", "MODEL", "--tool-call-parsers", "x"], "--tool-call-parsers x; did you mean --tool-call-parser?"),
+    (
+        ["serve", "MODEL", "--override-generation-config", "[]"],
+        "--override-generation-config is '[]'; it must be",
+    ),
+    (["serve", "MODEL", "--override-generation-config", '{"top_p": 2}'], "top_p is 2; it must be"),
+    (["serve", "MODEL", "--default-chat-template-kwargs", "x"], "--default-chat-template-kwargs is 'x'; it must be"),
     (["serve", "MODEL", "--chat-template", "/no/such"], "--chat-template is '/no/such', which cannot be read"),
     (
         ["serve", "MODEL", "--chat-template", "{% if %}"],

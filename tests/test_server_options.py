@@ -14,6 +14,8 @@ from running_server import running
 from tiny_chat_model import write_chat_model
 
 from jaxpaged.__main__ import main
+from jaxpaged.errors import RequestError
+from jaxpaged.server.app import App, ServerOptions
 from jaxpaged.server.openapi import OPERATIONS
 from jaxpaged.server.serve import tls_files
 
@@ -58,6 +60,10 @@ FILE = {"temperature": 0.6, "top_p": 0.9, "top_k": None, "max_new_tokens": 12, "
         ([], {"temperature": 0.6, "top_p": 0.9, "max_tokens": 12}),
         (["--generation-config", "vllm"], {}),
         (["--generation-config", "OTHER"], {"min_p": 0.1}),
+        (
+            ["--override-generation-config", '{"top_p": 0.5, "min_p": 0.2}'],
+            {"temperature": 0.6, "top_p": 0.5, "max_tokens": 12, "min_p": 0.2},
+        ),
     ],
     ids=str,
 )
@@ -82,6 +88,8 @@ def test_the_flag_says_where_they_come_from(folder, tmp_path, monkeypatch, flags
 
 
 class FakeEngine:
+    tokenizer = None
+
     def describe(self):
         return "nothing"
 
@@ -97,6 +105,24 @@ def test_the_operators_template_stands_before_the_checkpoints(folder):
     with running(folder, chat_template="{{ messages[0].content }}") as server:
         tokens = server.post("/tokenize", messages=[{"role": "user", "content": "ban"}]).json()["tokens"]
         assert tokens == server.engine.tokenizer.encode("ban")
+
+
+def test_the_template_is_given_what_the_operator_says_unless_the_request_does(folder):
+    template = "{{ messages[0].content }}{% if enable_thinking %} 12{% endif %}{{ persona }}"
+    defaults = {"enable_thinking": True, "persona": "an"}
+    with running(folder, chat_template=template, template_defaults=defaults) as server:
+        asked = {"messages": [{"role": "user", "content": "ban"}], "max_tokens": 1}
+
+        def prompt(path=CHAT, **more):
+            return server.post(path, **asked, **more).json()["usage"]["prompt_tokens"]
+
+        long, short = (len(server.engine.tokenizer.encode(text)) for text in ("ban 12an", "banan"))
+        assert prompt() == long != short
+        assert prompt(chat_template_kwargs={"enable_thinking": False}) == prompt(reasoning_effort="none") == short
+        response = server.post("/v1/responses", input="ban", max_output_tokens=1).json()
+        assert response["usage"]["input_tokens"] == long
+        with pytest.raises(RequestError, match="sets 'mood'"):
+            App(server.engine, ServerOptions(models=("tiny",), template_defaults={"mood": 1}))
 
 
 # Other sites' pages

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from jaxpaged.cli.options import chat_template
 from jaxpaged.errors import ConfigError
+from jaxpaged.sampling_params import SamplingParams
 
 
 def add_answer_arguments(group: Any) -> None:
@@ -35,6 +37,18 @@ def add_answer_arguments(group: Any) -> None:
         help="where sampling parameters come from that a request leaves out: auto, the model's generation_config.json; "
         "a folder with another; or vllm, none (default: %(default)s)",
     )
+    group.add_argument(
+        "--override-generation-config",
+        default="{}",
+        metavar="JSON",
+        help="sampling parameters that stand before those, as in '{\"temperature\": 0.5}'",
+    )
+    group.add_argument(
+        "--default-chat-template-kwargs",
+        default="{}",
+        metavar="JSON",
+        help="what the template is given where a request says nothing, as in '{\"enable_thinking\": false}'",
+    )
 
 
 def answer_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -50,8 +64,21 @@ def answer_options(args: argparse.Namespace) -> dict[str, Any]:
     ):
         if name is not None and name not in known:
             raise ConfigError(f"{flag} is {name!r}; known: {', '.join(known)}")
+    overrides = _object("--override-generation-config", args.override_generation_config)
+    SamplingParams(**overrides)  # or RequestError
     return {
         "chat_template": chat_template(args.chat_template),
         "parsers": parsers,
-        "sampling_defaults": sampling_defaults(args.generation_config, args.model),
+        "sampling_defaults": {**sampling_defaults(args.generation_config, args.model), **overrides},
+        "template_defaults": _object("--default-chat-template-kwargs", args.default_chat_template_kwargs),
     }
+
+
+def _object(flag: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{flag} is {text!r:.80}; it must be a JSON object")
+    return found

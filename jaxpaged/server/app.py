@@ -70,6 +70,7 @@ class ServerOptions:
     allowed_origins: tuple[str, ...] = ()
     parsers: chat.Parsers = field(default_factory=chat.Parsers)
     chat_template: str | None = None  # instead of the checkpoint's
+    template_defaults: Mapping[str, Any] = field(default_factory=dict)  # what requests do not give the template
     tls: tuple[Path, Path | None] | None = None  # files of a certificate and its key, None: in the same file
 
 
@@ -80,6 +81,7 @@ class App:
         self.engine, self.options, self._tracing = engine, options, tracing
         if options.chat_template is not None and engine.tokenizer is not None:
             engine.tokenizer.chat_template = options.chat_template
+        chat.template_variables(options.template_defaults, engine.tokenizer)  # or RequestError
         self.metrics = Metrics(options.models[0])
         self.draining = False
         self.num_active = 0
@@ -223,7 +225,7 @@ class App:
     ) -> list[int]:
         """`turn`: the assistant's is opened; `goes_on`: the last message's is not closed."""
         tokenizer = self._tokenizer()
-        most = self._max_characters(tokenizer)
+        most, variables = self._max_characters(tokenizer), {**self.options.template_defaults, **variables}
         return tokenizer.encode_chat(messages, turn, max_characters=most, continue_final_message=goes_on, **variables)
 
     def _observer(self, exchange: Exchange) -> generation.Observer:
