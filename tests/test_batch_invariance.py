@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged import LLM, ConfigError, RequestError, SamplingParams, functional
-from jaxpaged.engine import runner
+from jaxpaged import LLM, ConfigError, EngineConfig, RequestError, SamplingParams, functional
+from jaxpaged.engine.mesh_limits import check_mesh
 from jaxpaged.model.blocks import BLOCK, in_blocks
 from jaxpaged.model.params import dummy_params
 from jaxpaged.model.sharding import parallel
@@ -143,15 +143,16 @@ def test_meshes_that_compute_rows_otherwise_are_refused(sizes, message):
         make(ALONE | sizes)
 
 
-def test_meshes_whose_sums_have_an_order_of_their_own_are_refused():
+def test_meshes_whose_sums_have_an_order_of_their_own_are_refused(monkeypatch):
     """As if these were GPUs, and as if they were two processes'."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     devices = [SimpleNamespace(platform="gpu", process_index=index // 4) for index in range(8)]
     for count, message in ((2, None), (4, "take tensor_parallel_size 2 at most"), (8, "over 2 processes yet")):
         placement = parallel(count)
         mesh = SimpleNamespace(devices=np.asarray(devices[:count]), shape=placement.mesh.shape)
         object.__setattr__(placement, "mesh", mesh)
         with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
-            runner._check_invariant(placement)
+            check_mesh(placement, EngineConfig(batch_invariant=True))
 
 
 def test_requests_under_way_go_on_while_others_are_scored():

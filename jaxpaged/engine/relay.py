@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpaged.config import EngineConfig
+from jaxpaged.engine.mesh_limits import processes_of
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.sharding import Placement
 
@@ -260,40 +260,18 @@ class Relay:
         return frame
 
 
-def make_relay(placement: Placement | None, fingerprint: str, config: EngineConfig) -> Relay | None:
+def make_relay(placement: Placement | None, fingerprint: str) -> Relay | None:
     """The relay of a mesh over several processes, None for one within this process."""
-    if placement is None or len(spanned := _processes(placement)) == 1:
+    if placement is None or len(processes_of(placement)) == 1:
         return None
-    if len(spanned) < jax.process_count():
-        raise ConfigError(
-            f"the mesh has devices of {len(spanned)} of the {jax.process_count()} processes; use devices of all, "
-            "or of one"
-        )
-    shards, stages = placement.num_shards("data"), placement.num_shards("layers")
-    if shards > 1 and stages > 1:
-        raise ConfigError(
-            f"{shards} data shards and {stages} pipeline stages do not work together over {len(spanned)} processes "
-            "yet; use 1 of either"
-        )
-    if config.host_cache_gb:
-        raise ConfigError(
-            f"host_cache_gb is {config.host_cache_gb:g} over {len(spanned)} processes, whose pages the host does not "
-            "keep yet; set it to 0"
-        )
-    return Relay(fingerprint, list(placement.mesh.devices.flat), stages)
+    return Relay(fingerprint, list(placement.mesh.devices.flat), placement.num_shards("layers"))
 
 
 def least(number: int, placement: Placement | None) -> int:
     """The least of what the mesh's processes say."""
-    if placement is None or len(_processes(placement)) == 1:
+    if len(processes_of(placement)) == 1:
         return number
     return int(multihost_utils.process_allgather(np.asarray(number, np.int32)).min())
-
-
-def _processes(placement: Placement) -> set[int]:
-    if jax.process_count() == 1:
-        return {0}  # whatever the mesh: its devices may be shapes to compile for
-    return {device.process_index for device in placement.mesh.devices.flat}
 
 
 def _collective(devices: Sequence[jax.Device]) -> Callable[[Words], jax.Array]:

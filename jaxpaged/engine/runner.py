@@ -30,6 +30,7 @@ from jaxpaged.engine.embedding import Embedded, pack_embedded
 from jaxpaged.engine.host_pages import HostPages, pages_worth_moving
 from jaxpaged.engine.logit_edits import RowEdits, row_edits
 from jaxpaged.engine.memory_budget import affordable_pages, fitting_model_len, host_pages
+from jaxpaged.engine.mesh_limits import check_mesh
 from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.engine.processors import Processors
 from jaxpaged.engine.relay import AGREES, FOLLOWS, RELEASE, SLEEP, WAKE, Relay, Words, least, make_relay
@@ -103,14 +104,9 @@ class Runner:
         fit. With a placement both lie on its mesh; the weights are then those of `placement.fit(spec)`. `build` says
         where compiled functions come from.
         """
-        if placement is not None and config.batch_invariant:
-            _check_invariant(placement)
+        if placement is not None:
+            check_mesh(placement, config)
         self.num_shards = 1 if placement is None else placement.num_shards("data")
-        if self.num_shards > 1 and config.host_cache_gb:
-            raise ConfigError(
-                f"host_cache_gb is {config.host_cache_gb:g} with {self.num_shards} data shards, whose pages the host "
-                "does not keep yet; set it to 0, or use 1 data shard"
-            )
         self.placement = placement
         self._asked = spec  # before heads are made to fit the mesh
         self.spec = spec if placement is None else placement.fit(spec)
@@ -153,7 +149,7 @@ class Runner:
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
         self._compiler = Compiler()
         same = self.spec, num_pages, self.buckets, self.max_model_len, config.page_size, dtype, config.attention_backend
-        self._relay = make_relay(placement, repr(same), config)
+        self._relay = make_relay(placement, repr(same))
         how: dict[str, Any] = {
             "dtype": params["embed"]["w"].dtype,
             "max_pages": self.max_pages,
@@ -437,23 +433,6 @@ class Runner:
         if not parts:
             return Embedded([])
         return Embedded(parts, self.functions.sum_hidden(bucket)(hidden, stack([owners for _, owners in each])))
-
-
-def _check_invariant(placement: Placement) -> None:
-    """Raise ConfigError where devices would not compute a row alike in any company."""
-    for logical, size in (("sequence", "prefill_context_parallel_size"), ("layers", "pipeline_parallel_size")):
-        if (count := placement.num_shards(logical)) > 1:
-            raise ConfigError(f"batch_invariant does not work with {size} {count} yet; leave it out, or take 1")
-    devices = list(placement.mesh.devices.flat)
-    if (count := len({device.process_index for device in devices})) > 1:
-        raise ConfigError(f"batch_invariant does not work over {count} processes yet; leave it out, or run one")
-    count = max(placement.num_shards(logical) for logical in ("heads", "ffn", "vocab"))
-    if count > 2 and devices[0].platform != "cpu":
-        # A ring adds in an order that depends on the place in the array. The sum of two has no order.
-        raise ConfigError(
-            f"batch_invariant on {count} {devices[0].platform}s that sum together, where the last bits of a sum depend "
-            "on a row's place; take tensor_parallel_size 2 at most, and data_parallel_size for the rest"
-        )
 
 
 def _edits_of(plan: Plan, bucket: Bucket) -> dict[int, RowEdits]:
