@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import staged_weights_process as staged
 from conftest import CACHE
 from real_model import smollm2_gguf
 from tiny_models import CASES, write_checkpoint
@@ -203,6 +204,22 @@ def test_smollm2_answers_from_the_command_line_of_two_processes() -> None:
     (line,) = (line for line in leader[0].splitlines() if line.startswith("{"))
     assert json.loads(line)["outputs"][0]["text"] == "The capital of France is Paris."
     assert "Paris" not in follower[0]
+
+
+def test_stages_in_processes_take_new_weights_and_refuse_those_that_would_have_to_move() -> None:
+    def alone(params: Params) -> list[list[int]]:
+        llm = LLM((staged.SPEC, params), warmup=False, **SETTINGS)
+        return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+    command = [str(HERE / "staged_weights_process.py"), ADDRESS, "2"]
+    with Processes([*command, "0"], [*command, "1"]) as processes:
+        leader, follower = (processes.told(index) for index in range(2))
+        assert [process.wait() for process in processes.all] == [0, 0]
+    first, second = staged.weights(1), staged.weights(2)
+    assert leader["first"] == leader["woken"] == alone(first)
+    assert (leader["larger"], leader["second"]) == (alone(trained(first)), alone(second))
+    assert len({str(leader[name]) for name in ("first", "second", "larger")}) == 3
+    assert "embed.w lies on other devices than its pipeline stage" in leader["refused"] == follower["refused"]
 
 
 def test_processes_that_train_hand_each_its_part_of_the_new_weights_to_the_engine() -> None:

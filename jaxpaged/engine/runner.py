@@ -48,7 +48,7 @@ from jaxpaged.model.cache import (
     page_bytes,
     pool_dtype,
 )
-from jaxpaged.model.params import Params, check_params
+from jaxpaged.model.params import Params, check_params, flatten
 from jaxpaged.model.sampling import Logprobs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
@@ -331,9 +331,22 @@ class Runner:
             if self.placement is not None and not check_params(self._asked, params):
                 given = self.placement.place(given, self._asked)
             self._layout.check(given, self.spec)
+            if self.num_stages > 1:
+                self._check_stages(params)
         except Exception as error:  # of whatever kind: the other processes wait to hear of it
             return str(error)
         return None
+
+    def _check_stages(self, params: Params) -> None:
+        """Raise ConfigError where weights would have to move to the devices of their stage from those of others."""
+        places = dict(flatten(self.params))
+        for path, leaf in flatten(params):
+            is_shared = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+            if is_shared and leaf.sharding.device_set != places[path].sharding.device_set:
+                raise ConfigError(
+                    f"{path} lies on other devices than its pipeline stage, and does not move between processes yet; "
+                    "give it the sharding that it has in engine.params, or the host's array"
+                )
 
     def _drop_params(self) -> None:
         """Let go of the weights; their shapes stay."""
