@@ -132,7 +132,7 @@ def test_refused_request_leaves_the_others_alone(engine):
         return refused, await good
 
     refused, good = asyncio.run(run())
-    assert {type(error) for error in refused} == {RequestError}
+    assert [isinstance(error, RequestError) for error in refused] == [True] * 6
     assert good[-1].outputs[0].finish_reason == "length"
 
 

@@ -9,12 +9,13 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
+from everything import everything
 from hlo import groups, moved
 from jax.sharding import Mesh
 from real_model import smollm2_gguf
 from test_sharding import ENGINE, MODELS, PROMPTS, llama, tokens_of, weights
 
-from jaxpaged import LLM, BeamSearchParams, EngineConfig, RequestOutput, SamplingParams, ShardingRules
+from jaxpaged import LLM, EngineConfig, SamplingParams, ShardingRules
 from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.request import Sequence
 from jaxpaged.engine.scheduler import Scheduler
@@ -75,35 +76,10 @@ def answers(data: int, tensor: int) -> list[list[int]]:
 
 @pytest.mark.slow
 def test_all_that_a_step_can_do_is_done_for_every_shard():
-    """Copies of shared pages, edits and limits of logits, logprobs of both kinds, beams, embeddings, chunks, draws."""
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 64, n).tolist() for n in (9, 21, 6, 13, 30, 7)]
-    asked = [
-        SamplingParams(temperature=0, max_tokens=9, n=2, logprobs=2),
-        SamplingParams(temperature=0, max_tokens=9, prompt_logprobs=1),
-        SamplingParams(temperature=0.7, seed=3, max_tokens=9, top_k=20, repetition_penalty=1.3),
-        SamplingParams(temperature=0, max_tokens=9, allowed_token_ids=[3, 5, 8]),
-        SamplingParams(temperature=1.1, seed=4, n=3, max_tokens=9, prompt_logprobs=0, logit_bias={4: 3.0}),
-        SamplingParams(temperature=0, max_tokens=9, presence_penalty=1.5),
-    ]
-    said = []
-    for data, tensor in ((1, 1), (2, 2)):
-        llm = engine_of(data, tensor, num_pages=24)
-        outputs = llm.generate(prompts, asked, use_tqdm=False)
-        beams = llm.beam_search(prompts[:3], BeamSearchParams(3, max_tokens=6), use_tqdm=False)
-        said.append([[c.token_ids for c in output.outputs] for output in outputs + beams])
-        said.append([numbers(output) for output in outputs])
-        said.append([*llm.embed(prompts), *llm.score(prompts)])
-        assert llm.engine.stats().pages_leaked == llm.engine.stats().pages_held == 0
-    assert said[0] == said[3]
-    for one, cut in zip(said[1] + said[2], said[4] + said[5], strict=True):
-        np.testing.assert_allclose(one, cut, atol=1e-4)
-
-
-def numbers(output: RequestOutput) -> list[float]:
-    """Every logprob that was asked for."""
-    entries = [*(output.prompt_logprobs or []), *(e for c in output.outputs for e in c.logprobs or [])]
-    return [entry.logprob for found in entries if found for _, entry in sorted(found.items())]
+    (tokens, one), (cut_tokens, cut) = (everything(engine_of(n, n, num_pages=24)) for n in (1, 2))
+    assert cut_tokens == tokens
+    for a, b in zip(one, cut, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -7,13 +7,13 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from everything import everything
 from hlo import Moved, moved
 from jax.sharding import Mesh
 from real_model import smollm2_gguf
-from test_data_parallel import numbers
 from test_sharding import ENGINE, MODELS, PROMPTS, llama, tokens_of, weights
 
-from jaxpaged import LLM, BeamSearchParams, SamplingParams, ShardingRules
+from jaxpaged import LLM, SamplingParams, ShardingRules
 from jaxpaged.engine.batch import Bucket
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.params import flatten
@@ -55,31 +55,15 @@ def test_smollm2_answers_the_same_from_stages():
     ],
 )
 def test_all_that_a_step_can_do_is_done_in_stages(axis, more):
-    """Copies of shared pages, edits and limits of logits, logprobs of both kinds, beams, embeddings, chunks, draws."""
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 64, n).tolist() for n in (9, 21, 6, 13, 30, 7)]
-    asked = [
-        SamplingParams(temperature=0, max_tokens=9, n=2, logprobs=2),
-        SamplingParams(temperature=0, max_tokens=9, prompt_logprobs=1),
-        SamplingParams(temperature=0.7, seed=3, max_tokens=9, top_k=20, repetition_penalty=1.3),
-        SamplingParams(temperature=0, max_tokens=9, allowed_token_ids=[3, 5, 8]),
-        SamplingParams(temperature=1.1, seed=4, n=3, max_tokens=9, prompt_logprobs=0, logit_bias={4: 3.0}),
-        SamplingParams(temperature=0, max_tokens=9, presence_penalty=1.5),
-    ]
     said = []
     for sizes in ({"stages": 1}, {f"{axis}_parallel_size": 2}):
         llm = engine_of(num_pages=24, **sizes, **more)
-        for _ in range(2):  # the second time with what was kept
-            outputs = llm.generate(prompts, asked, use_tqdm=False)
-        beams = llm.beam_search(prompts[:3], BeamSearchParams(3, max_tokens=6), use_tqdm=False)
-        said.append([[c.token_ids for c in output.outputs] for output in outputs + beams])
-        said.append([numbers(output) for output in outputs])
-        said.append([*llm.embed(prompts), *llm.score(prompts)])
-        assert llm.engine.stats().pages_leaked == llm.engine.stats().pages_held == 0
+        said.append(everything(llm, times=2))  # the second time with what was kept
         assert bool(llm.engine.stats().host_pages_moved_in) == ("host_cache_gb" in more)
-    assert said[0] == said[3]
-    for one, staged in zip(said[1] + said[2], said[4] + said[5], strict=True):
-        np.testing.assert_allclose(one, staged, atol=2e-2 if "cache_dtype" in more else 1e-4)
+    (tokens, one), (staged_tokens, staged) = said
+    assert staged_tokens == tokens
+    for a, b in zip(one, staged, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-2 if "cache_dtype" in more else 1e-4)
 
 
 def test_each_stage_holds_its_layers_and_a_tied_head_is_held_at_both_ends():
