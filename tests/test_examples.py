@@ -102,6 +102,7 @@ def grpo(monkeypatch):
         yield importlib.import_module("grpo")
 
 
+@pytest.mark.slow
 def test_every_ratio_is_1_before_an_update(grpo):
     _, drifts = grpo.train(num_steps=6, seed=0)
     assert drifts == [0.0] * 6

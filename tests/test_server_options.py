@@ -59,7 +59,7 @@ FILE = {"temperature": 0.6, "top_p": 0.9, "top_k": None, "max_new_tokens": 12, "
     [
         ([], {"temperature": 0.6, "top_p": 0.9, "max_tokens": 12}),
         (["--generation-config", "vllm"], {}),
-        (["--generation-config", "OTHER"], {"min_p": 0.1}),
+        pytest.param(["--generation-config", "OTHER"], {"min_p": 0.1}, marks=pytest.mark.slow),
         (
             ["--override-generation-config", '{"top_p": 0.5, "min_p": 0.2}'],
             {"temperature": 0.6, "top_p": 0.5, "max_tokens": 12, "min_p": 0.2},

@@ -126,6 +126,7 @@ def test_sampling_gathers_no_row_of_logits(vocab):
     assert 0 < max(m.size for m in found) <= 4 * 128
 
 
+@pytest.mark.slow
 def test_the_callers_mesh_is_used_whatever_its_axes_are_called_and_whoever_decides_along_them():
     spec = llama()
     params = weights(spec)
