@@ -13,17 +13,11 @@ import jax
 import numpy as np
 import training_process
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from training_process import GREEDY, PROMPTS, SETTINGS
+from training_process import GREEDY, PROMPTS, SETTINGS, trained, weights
 
 from jaxpaged import LLM, ConfigError, distributed
-from jaxpaged.model.params import Params, dummy_params
 
 SPEC = replace(training_process.SPEC, blocks=training_process.SPEC.blocks * 2)
-
-
-def weights(seed: int) -> Params:
-    tripled: Params = jax.tree.map(lambda w: w * 3, dummy_params(SPEC, seed=seed))
-    return tripled
 
 
 if __name__ == "__main__":
@@ -31,7 +25,7 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 1)
     address, num, process = sys.argv[1:]
     distributed.start(address, int(num), int(process))
-    llm = LLM((SPEC, weights(1)), pipeline_parallel_size=2, warmup=False, **SETTINGS)
+    llm = LLM((SPEC, weights(1, SPEC)), pipeline_parallel_size=2, warmup=False, **SETTINGS)
     told = {}
 
     def answer(name: str) -> None:
@@ -42,20 +36,20 @@ if __name__ == "__main__":
             llm.follow()
 
     answer("first")
-    llm.engine.update_params(jax.tree.map(lambda w: w * 1.5, llm.engine.params))
+    llm.engine.update_params(trained(llm.engine.params))
     answer("larger")
     everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), ("all",)), PartitionSpec())
     elsewhere = jax.tree.map(
         lambda w: jax.make_array_from_callback(w.shape, everywhere, lambda cut: np.ones(w.shape, w.dtype)[cut]),
-        weights(1),
+        weights(1, SPEC),
     )
     try:
         llm.engine.update_params(elsewhere)
     except ConfigError as error:
         told["refused"] = str(error)
-    llm.engine.update_params(weights(2))
+    llm.engine.update_params(weights(2, SPEC))
     answer("second")
     llm.engine.sleep(2)
-    llm.engine.wake_up(weights(1))
+    llm.engine.wake_up(weights(1, SPEC))
     answer("woken")
     print(json.dumps(told), flush=True)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxpaged.config import PARALLEL_SIZES
 from jaxpaged.convert.families import family_of
 from jaxpaged.convert.rules import hf_shapes
 from jaxpaged.model.params import Params
+from jaxpaged.model.spec import Decoder
 
 pytestmark = pytest.mark.slow
 
@@ -206,32 +208,36 @@ def test_smollm2_answers_from_the_command_line_of_two_processes() -> None:
     assert "Paris" not in follower[0]
 
 
-def test_stages_in_processes_take_new_weights_and_refuse_those_that_would_have_to_move() -> None:
-    def alone(params: Params) -> list[list[int]]:
-        llm = LLM((staged.SPEC, params), warmup=False, **SETTINGS)
-        return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
-
-    command = [str(HERE / "staged_weights_process.py"), ADDRESS, "2"]
+def told_by_two(script: str) -> list[dict[str, Any]]:
+    """What a script's leader and follower say, who then end well."""
+    command = [str(HERE / script), ADDRESS, "2"]
     with Processes([*command, "0"], [*command, "1"]) as processes:
-        leader, follower = (processes.told(index) for index in range(2))
+        told = [processes.told(index) for index in range(2)]
         assert [process.wait() for process in processes.all] == [0, 0]
-    first, second = staged.weights(1), staged.weights(2)
-    assert leader["first"] == leader["woken"] == alone(first)
-    assert (leader["larger"], leader["second"]) == (alone(trained(first)), alone(second))
+    return told
+
+
+def answers(spec: Decoder, params: Params) -> list[list[int]]:
+    """The tokens of one process."""
+    llm = LLM((spec, params), warmup=False, **SETTINGS)
+    return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+
+def test_stages_in_processes_take_new_weights_and_refuse_those_that_would_have_to_move() -> None:
+    leader, follower = told_by_two("staged_weights_process.py")
+    weights_of = partial(weights, spec=staged.SPEC)
+    first, larger, second = (
+        answers(staged.SPEC, params) for params in (weights_of(1), trained(weights_of(1)), weights_of(2))
+    )
+    assert leader["first"] == leader["woken"] == first
+    assert (leader["larger"], leader["second"]) == (larger, second)
     assert len({str(leader[name]) for name in ("first", "second", "larger")}) == 3
     assert "embed.w lies on other devices than its pipeline stage" in leader["refused"] == follower["refused"]
 
 
 def test_processes_that_train_hand_each_its_part_of_the_new_weights_to_the_engine() -> None:
-    def alone(params: Params) -> list[list[int]]:
-        llm = LLM((SPEC, params), warmup=False, **SETTINGS)
-        return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
-
-    command = [str(HERE / "training_process.py"), ADDRESS, "2"]
-    with Processes([*command, "0"], [*command, "1"]) as processes:
-        leader, follower = (processes.told(index) for index in range(2))
-        assert [process.wait() for process in processes.all] == [0, 0]
-    first, second, third = alone(weights(1)), alone(weights(2)), alone(trained(weights(2)))
+    leader, follower = told_by_two("training_process.py")
+    first, second, third = (answers(SPEC, params) for params in (weights(1), weights(2), trained(weights(2))))
     assert len({str(tokens) for tokens in (first, second, third)}) == 3
     assert leader["first"] == leader["woken by all"] == first
     assert leader["second"] == leader["unchanged"] == leader["woken"] == second

@@ -31,8 +31,8 @@ PROMPTS = [np.random.default_rng(i).integers(0, 40, 5 + 3 * i).tolist() for i in
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
-def weights(seed: int) -> Params:
-    tripled: Params = jax.tree.map(lambda w: w * 3, dummy_params(SPEC, seed=seed))
+def weights(seed: int, spec: Decoder = SPEC) -> Params:
+    tripled: Params = jax.tree.map(lambda w: w * 3, dummy_params(spec, seed=seed))
     return tripled
 
 

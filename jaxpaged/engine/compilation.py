@@ -57,7 +57,7 @@ def kept(make: Callable[Concatenate[Owner, Sizes], Made]) -> Callable[Concatenat
 
     @wraps(make)
     def known(self: Owner, /, *sizes: Sizes.args, **named: Sizes.kwargs) -> Made:
-        key = make.__name__, sizes
+        key = make.__name__, sizes, *named.items()
         if key in self.made:
             found: Made = self.made[key]
             return found

@@ -21,7 +21,7 @@ from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.cache import KVCache, cache_shapes, page_bytes, pool_dtype
 from jaxpaged.model.params import flatten, param_specs
-from jaxpaged.model.sharding import Placement, ShardingRules
+from jaxpaged.model.sharding import Placement, ShardingRules, mesh_axes
 from jaxpaged.model.spec import Decoder
 from jaxpaged.model.stages import Stage, holders, make_stages
 
@@ -75,17 +75,12 @@ class Forecaster:
 
     def __init__(self, spec: Decoder, dtype: Any, config: EngineConfig, rules: ShardingRules | None = None) -> None:
         """`dtype` is the weights'."""
-        rules = rules or ShardingRules()
         self.config, self.dtype = config, jax.numpy.dtype(dtype)
-        sizes = config.pipeline_parallel_size, config.prefill_context_parallel_size, config.tensor_parallel_size
-        if sizes[0] > 1 and rules.layers is None:
-            rules = replace(rules, layers="stage")
-        if sizes[1] > 1 and rules.sequence is None:
-            rules = replace(rules, sequence="sequence")
-        axes = rules.layers or "stage", rules.sequence or "sequence", rules.heads or "model"
-        self.placement = Placement(AbstractMesh(sizes, axes), rules)
+        sizes = config.tensor_parallel_size, 1, config.prefill_context_parallel_size, config.pipeline_parallel_size
+        rules, axes = mesh_axes(*sizes, rules)
+        self.placement = Placement(AbstractMesh(tuple(axes.values()), tuple(axes)), rules)
         self.spec = self.placement.fit(spec)
-        self.stages = make_stages(len(spec.blocks), sizes[0])
+        self.stages = make_stages(len(spec.blocks), config.pipeline_parallel_size)
         self.cache_dtype = self.dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
 
     def fit(self, memory: int, gpu: str | None = None) -> Forecast:

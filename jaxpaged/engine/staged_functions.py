@@ -8,7 +8,7 @@ Where stages lie in several processes, each calls them all, in the same order: w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -134,8 +134,8 @@ class StagedFunctions:
         calls = [of.read_pages() for of in self._of]
 
         def read(cache: KVCache, page_ids: Any) -> tuple[Pool, ...]:
-            parts = [call(stage.cache(cache), page_ids) for stage, call in zip(self._stages, calls, strict=True)]
-            return tuple(pool for part in parts for pool in part)
+            own = zip(self._stages, calls, strict=True)
+            return _joined(call(stage.cache(cache), page_ids) for stage, call in own)
 
         return read
 
@@ -146,8 +146,7 @@ class StagedFunctions:
 
         def write(cache: KVCache, page_ids: Any, pages: tuple[Pool, ...]) -> KVCache:
             own = zip(self._stages, calls, strict=True)
-            parts = [call(s.cache(cache), page_ids, pages[s.begin : s.end]) for s, call in own]
-            return KVCache(tuple(pool for part in parts for pool in part.pools))
+            return KVCache(_joined(call(s.cache(cache), page_ids, pages[s.begin : s.end]).pools for s, call in own))
 
         return write
 
@@ -196,8 +195,8 @@ class StagedFunctions:
         calls, (_, *shapes) = self._calls(functions)
 
         def changed(cache: KVCache, *pages: Any) -> KVCache:
-            parts = [call(stage.cache(cache), *pages) for stage, call in zip(self._stages, calls, strict=True)]
-            return KVCache(tuple(pool for part in parts for pool in part.pools))
+            own = zip(self._stages, calls, strict=True)
+            return KVCache(_joined(call(stage.cache(cache), *pages).pools for stage, call in own))
 
         return self._relayed(name, (0,), changed, (self._cache, *shapes))
 
@@ -227,3 +226,8 @@ class StagedFunctions:
         if isinstance(table, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=sharding)
         return part_on(table, sharding)
+
+
+def _joined(parts: Iterable[tuple[Pool, ...]]) -> tuple[Pool, ...]:
+    """The pools of all layers, of each stage's."""
+    return tuple(pool for part in parts for pool in part)

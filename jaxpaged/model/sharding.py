@@ -336,6 +336,14 @@ def parallel(
             f"lower it to at most {max(1, len(devices) * size // needed)}"
             + "".join(f", or {other}" for other, _ in others)
         )
+    rules, axes = mesh_axes(tensor, data, sequence, layers, rules)
+    return Placement(Mesh(np.asarray(devices[:needed]).reshape(tuple(axes.values())), tuple(axes)), rules)
+
+
+def mesh_axes(
+    tensor: int, data: int, sequence: int, layers: int, rules: ShardingRules | None = None
+) -> tuple[ShardingRules, dict[str, int]]:
+    """The axes of a mesh for these sizes, outermost first, and the rules, which name an axis for all that is cut."""
     rules = rules or ShardingRules()
     for logical, size, axis in (
         ("layers", layers, "stage"),
@@ -344,10 +352,9 @@ def parallel(
     ):
         if size > 1 and getattr(rules, logical) is None:
             rules = replace(rules, **{logical: axis})
-    axes = {
+    return rules, {
         rules.layers or "stage": layers,  # outermost: its links may be the slowest
         rules.data or "data": data,
         rules.sequence or "sequence": sequence,
         rules.heads or "model": tensor,
     }
-    return Placement(Mesh(np.asarray(devices[:needed]).reshape(tuple(axes.values())), tuple(axes)), rules)
