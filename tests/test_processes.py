@@ -39,7 +39,7 @@ CONFIG = CASES["llama"].config | {
 }
 CONFIG |= {"num_key_value_heads": 4, "max_position_embeddings": 128}
 LONGEST = 300  # seconds that processes may take for all they do, on a machine that does other things too
-PATIENCE = 30  # seconds after which no process may be left; 10 on a machine that does nothing else
+PATIENCE = 10  # seconds after which no process may be left
 ADDRESS = "where they meet"
 HERE = Path(__file__).parent
 
