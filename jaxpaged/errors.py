@@ -22,7 +22,7 @@ class PoolError(JaxpagedError):
 
 
 class TooLongError(RequestError):
-    """A prompt that has more tokens than the model or the engine takes."""
+    """A prompt, or it and the answer asked for, of more tokens than the model or the engine takes."""
 
 
 class QueueFullError(JaxpagedError):

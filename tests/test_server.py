@@ -179,6 +179,24 @@ def test_max_completion_tokens_bounds_and_without_it_the_models_length_does(serv
     assert long["usage"]["total_tokens"] == server.engine.max_model_len
 
 
+def test_an_answer_longer_than_there_is_room_for_is_refused_with_the_numbers(server):
+    most = server.engine.max_model_len
+    for path, asked, name in (
+        ("/v1/completions", {"prompt": "ban"}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": HELLO}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 1}, "max_completion_tokens"),
+        ("/v1/responses", {"input": "ban"}, "max_output_tokens"),
+    ):
+        prompt = len(ids(server, "ban" if path == "/v1/completions" else RENDERED))
+        left, asked = most - prompt, asked | {"temperature": 0, "stop": ["a", "b"]}
+        assert server.post(path, **asked, **{name: left}).status_code == 200
+        fault = server.post(path, **asked, **{name: left + 1})
+        assert (fault.status_code, fault.json()["error"]["code"]) == (400, "context_length_exceeded")
+        message = fault.json()["error"]["message"]
+        assert f"{prompt:,} tokens and max_tokens is {left + 1:,}, but max_model_len is {most:,}" in message
+        assert f"set max_tokens to {left:,} or less" in message
+
+
 def test_async_client_runs_many_at_once(server, client):
     async def run():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:

@@ -26,7 +26,7 @@ from jaxpaged.engine.intake import EMBEDDING
 from jaxpaged.engine.prompts import AnyPrompt, Prompt, given
 from jaxpaged.engine.report import OutputKind
 from jaxpaged.engine.stats import EngineStats
-from jaxpaged.errors import EngineDeadError, QueueFullError, RequestError
+from jaxpaged.errors import EngineDeadError, QueueFullError, RequestError, TooLongError
 from jaxpaged.llm import LLM
 from jaxpaged.model.params import Params
 from jaxpaged.outputs import Pooling, RequestOutput
@@ -53,6 +53,7 @@ class NewRequest:
     cache_salt: str | None = None
     pooling: Pooling | None = None  # with `params` EMBEDDING
     grammar: Grammar | None = None
+    asked_tokens: int | None = None  # that there must be room for, unlike for those of `params`
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,8 +294,16 @@ class AsyncEngine:
     async def _encode(self, request: NewRequest) -> list[int]:
         """The prompt's token ids, checked; a long prompt's are found in a thread of their own."""
         if len(request.prompt) <= _SHORT:
-            return self._engine.encode(request.prompt, request.params)
-        return await self.offload(self._engine.encode, request.prompt, request.params)
+            tokens = self._engine.encode(request.prompt, request.params)
+        else:
+            tokens = await self.offload(self._engine.encode, request.prompt, request.params)
+        left = self.max_model_len - len(tokens)
+        if request.asked_tokens is not None and request.asked_tokens > left:
+            raise TooLongError(
+                f"the prompt has {len(tokens):,} tokens and max_tokens is {request.asked_tokens:,}, but max_model_len "
+                f"is {self.max_model_len:,}; set max_tokens to {left:,} or less, or shorten the prompt"
+            )
+        return tokens
 
     async def _compile(self, request: NewRequest) -> Grammar | None:
         """The form that the answer must have; others' prompts are encoded meanwhile."""

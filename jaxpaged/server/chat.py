@@ -110,11 +110,10 @@ def chat_params(request: ChatRequest, tools: ToolUse | None, defaults: Mapping[s
     """An answer may be as long as the model allows, unless it is bounded."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError(f"top_logprobs is {request.top_logprobs} but logprobs is not true; set it")
-    most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     params = sampling_params(
         request,
         defaults,
-        max_tokens=most,
+        max_tokens=request.asked_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
         structured_outputs=tools.form if tools is not None else None,

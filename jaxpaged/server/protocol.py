@@ -111,6 +111,11 @@ class Generation(Unserved, kw_only=True):
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
 
+    @property
+    def asked_tokens(self) -> int | None:
+        """How long the client wants an answer to be at most."""
+        return self.max_tokens
+
 
 class CompletionRequest(Generation, kw_only=True):
     """POST /v1/completions."""
@@ -142,6 +147,11 @@ class ChatRequest(Generation, kw_only=True):
     include_reasoning: bool | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """OpenAI's newer name goes first."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
 class ResponseReasoning(msgspec.Struct, kw_only=True):
@@ -177,6 +187,11 @@ class ResponseRequest(Generation, kw_only=True):
     background: Any = None
     reasoning: ResponseReasoning | None = None
     max_tool_calls: Any = None
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """By the name that it has here."""
+        return self.max_output_tokens
 
 
 class EmbeddingRequest(msgspec.Struct, kw_only=True):

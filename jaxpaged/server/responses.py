@@ -69,7 +69,7 @@ def response_params(request: ResponseRequest, defaults: Mapping[str, Any]) -> Sa
     if unknown := [name for name in include if name not in (LOGPROBS, *MEANS_NOTHING)]:
         raise RequestError(f"include names {unknown[0]!r}; served: {LOGPROBS}")
     wanted = (request.top_logprobs or 0) if LOGPROBS in include or request.top_logprobs else None
-    return sampling_params(request, defaults, max_tokens=request.max_output_tokens, logprobs=wanted)
+    return sampling_params(request, defaults, max_tokens=request.asked_tokens, logprobs=wanted)
 
 
 def messages_of(request: ResponseRequest) -> list[Message]:
@@ -132,6 +132,7 @@ async def answer(
         "delta" if request.stream else "final",
         priority=request.priority or 0,
         cache_salt=request.cache_salt,
+        asked_tokens=request.asked_tokens,
     )
     async with Run(engine, [one], observe) as run:
         if not request.stream:
