@@ -333,6 +333,102 @@ def test_an_unknown_parser_names_the_known_ones(capsys, flag, known):
     assert f"{flag} is 'xml'; known: " in (told := capsys.readouterr().err) and known in told
 
 
+# Calls in responses, where functions' fields stand beside their type
+
+
+FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]
+ASKED = {"model": "tiny", "input": "ban", "max_output_tokens": 200, "tools": FLAT}
+
+
+def outputs(response):
+    """The items without what differs each time: their ids."""
+    Response.model_validate(response.model_dump(warnings="none"), strict=True)
+    return [
+        (item.type, item.status, item.name, json.loads(item.arguments))
+        if item.type == "function_call"
+        else (item.type, item.status, item.content[0].text)
+        for item in response.output
+    ]
+
+
+def test_a_response_calls_in_items_of_their_own_whole_and_streamed(client, saying):
+    text = f'<think>\nHm.\n</think>\n{TEXT}\nAnd\n<tool_call>{{"name": "clock", "arguments": {{}}}}</tool_call>'
+    with saying(text):
+        whole = client.responses.create(**ASKED)
+        events = list(client.responses.create(stream=True, **ASKED))
+        with client.responses.stream(**ASKED) as stream:  # puts the answer together from the events
+            gathered = stream.get_final_response()
+    assert outputs(whole) == [
+        ("reasoning", "completed", "Hm."),
+        ("message", "completed", "Well.\n"),
+        ("function_call", "completed", "weather", {"city": "Bern", "days": 2}),
+        ("message", "completed", "\nAnd"),
+        ("function_call", "completed", "clock", {}),
+    ]
+    assert whole.status == "completed" and outputs(events[-1].response) == outputs(gathered) == outputs(whole)
+    calls = [item for item in events[-1].response.output if item.type == "function_call"]
+    told = [event for event in events if event.type.startswith("response.function_call_arguments")]
+    for call in calls:
+        *deltas, done = [event for event in told if event.item_id == call.id]
+        assert "".join(delta.delta for delta in deltas) == done.arguments == call.arguments and done.name == call.name
+    assert len([event for event in told if event.type.endswith("delta")]) > 8, "arguments come piece by piece"
+    opened = [event.item.id for event in events if event.type == "response.output_item.added"]
+    closed = [event.item.id for event in events if event.type == "response.output_item.done"]
+    assert opened == closed == [item.id for item in events[-1].response.output] and len(set(opened)) == 5
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
+def test_a_response_calls_what_it_must(client, choice):
+    asked = ASKED | {"tool_choice": choice, "extra_body": {"seed": 3}}
+    if choice == "required":
+        asked |= {"parallel_tool_calls": False}
+    response = client.responses.create(**asked)
+    assert [kind for kind, *_ in outputs(response)] == ["function_call"] and response.status == "completed"
+    assert choice == "required" or response.output[0].name == "weather"
+    assert response.parallel_tool_calls == (choice != "required") and response.tools[1].name == "clock"
+
+
+def test_without_parallel_calls_a_response_has_the_first_alone(client, saying):
+    with saying(TEXT + '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'):
+        asked = ASKED | {"parallel_tool_calls": False}
+        for response in (
+            client.responses.create(**asked),
+            list(client.responses.create(stream=True, **asked))[-1].response,
+        ):
+            assert [item.type for item in response.output] == ["message", "function_call"]
+
+
+def test_a_call_of_a_response_that_is_cut_off_is_incomplete(client, saying):
+    with saying(TEXT):
+        response = client.responses.create(**ASKED | {"max_output_tokens": 60})
+    assert response.status == "incomplete" and response.output[-1].status == "incomplete"
+    assert response.output[-1].arguments == '{"city": '
+
+
+def test_a_response_goes_on_after_a_call_as_a_chat_does(server, client, saying, monkeypatch):
+    with saying(TEXT):
+        first = client.responses.create(**ASKED)
+    call = first.output[-1]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    parts = result | {"output": [{"type": "input_text", "text": "rain"}]}
+    given = []
+    encode = server.app._encode_chat
+    monkeypatch.setattr(server.app, "_encode_chat", lambda *a: given.append(encode(*a)) or given[-1])
+    for answered in (result, parts):
+        asked = ASKED | {"input": [{"role": "user", "content": "ban"}, *first.output, answered]}
+        client.responses.create(**asked | {"max_output_tokens": 1})
+    function = {"name": "weather", "arguments": call.arguments}
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": "Well.\n", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": call.call_id, "content": "rain"},
+    ]
+    tokenizer = server.engine.tokenizer
+    texts = {tokenizer.decode(tokens, skip_special_tokens=False) for tokens in given}
+    assert texts == {prompt_of(server, messages=messages, tools=TOOLS)}
+
+
 # Thoughts
 
 

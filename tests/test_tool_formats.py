@@ -76,8 +76,17 @@ def read_pieces(pieces, **settings):
     """(thought, said, calls) of a text that comes in these pieces."""
     reader = Reader(**({"thinks": False, "begins_thinking": False, "tools": None} | settings))
     parts = [reader.take(piece, is_last=False) for piece in pieces] + [reader.take("", is_last=True)]
-    reasoning, content, calls = zip(*parts, strict=True)
-    return "".join(reasoning), "".join(content), calls_of(piece for some in calls for piece in some)
+    pieces = [piece for part in parts for piece in part.pieces]
+    said = "".join(piece for piece in pieces if isinstance(piece, str))
+    assert said == "".join(part.content for part in parts)
+    return "".join(part.reasoning for part in parts), said, calls_of(p for p in pieces if not isinstance(p, str))
+
+
+def in_order(pieces, **settings):
+    """What is said, with a mark where each call begins."""
+    reader = Reader(begins_thinking=False, **settings)
+    parts = [reader.take(piece, is_last=False) for piece in pieces] + [reader.take("", is_last=True)]
+    return "".join(p if isinstance(p, str) else "\0" * (p.name is not None) for part in parts for p in part.pieces)
 
 
 def read(text, size, **settings):
@@ -117,6 +126,7 @@ def test_whatever_the_text_its_parts_do_not_depend_on_where_it_is_cut(broken, th
     reading = {"tools": FORMATS[name], "thinks": thinks}
     whole, cut, alone = (read_pieces(some, **reading) for some in (["".join(pieces)], pieces, "".join(pieces)))
     assert whole == cut == alone
+    assert in_order(["".join(pieces)], **reading) == in_order(pieces, **reading)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("qwen", "pythonic")])
@@ -194,10 +204,10 @@ def test_calls_come_after_thoughts_and_those_thought_of_are_none():
 
 def test_what_cannot_be_part_of_a_mark_is_given_at_once():
     reader = Reader(thinks=True, begins_thinking=True, tools=FORMATS["hermes"])
-    assert reader.take("so", is_last=False) == Parts("so", "", [])
-    assert reader.take(" </", is_last=False) == Parts(" ", "", [])
-    assert reader.take("think>yes <too", is_last=False) == Parts("", "yes ", [])
-    assert reader.take("th", is_last=False) == Parts("", "<tooth", [])
+    assert reader.take("so", is_last=False) == Parts("so", [])
+    assert reader.take(" </", is_last=False) == Parts(" ", [])
+    assert reader.take("think>yes <too", is_last=False) == Parts("", ["yes "])
+    assert reader.take("th", is_last=False) == Parts("", ["<tooth"])
 
 
 @pytest.mark.parametrize(

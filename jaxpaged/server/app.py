@@ -23,7 +23,7 @@ from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import EngineDeadError, RequestError, TooLongError
 from jaxpaged.outputs import RequestOutput
-from jaxpaged.server import chat, embeddings, generation, responses
+from jaxpaged.server import chat, embeddings, generation, response_input, responses
 from jaxpaged.server.async_engine import AsyncEngine
 from jaxpaged.server.exchange import ClientGone, Exchange, Receive, Room, Scope, Send, event
 from jaxpaged.server.faults import Fault, fault_of
@@ -207,14 +207,10 @@ class App:
         self.engine.check_room()
         request = _request(exchange, ResponseRequest)
         model = self._model(request.model)
-        params = responses.response_params(request, self.options.sampling_defaults)
-        messages = responses.messages_of(request)
-        effort = request.reasoning.effort if request.reasoning is not None else None
-        variables = chat.thinking(effort, self.engine.tokenizer)
-        token_ids = await self.engine.offload(self._encode_chat, messages, True, False, variables)
-        parser = self.options.parsers.reasoning
-        observe = self._observer(exchange)
-        await responses.answer(exchange, self.engine, request, model, token_ids, params, parser, observe)
+        options, tokenizer = self.options, self.engine.tokenizer
+        asked = response_input.understood(request, tokenizer, options.parsers, options.sampling_defaults)
+        token_ids = await self.engine.offload(self._encode_chat, asked.messages, True, False, asked.variables)
+        await responses.answer(exchange, self.engine, asked, model, token_ids, self._observer(exchange))
 
     async def _embeddings(self, exchange: Exchange) -> None:
         request = _request(exchange, EmbeddingRequest)

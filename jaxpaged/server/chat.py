@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ from jaxpaged.server.answers import Json, TokenNames, chat_logprobs, prompt_logp
 from jaxpaged.server.protocol import ChatRequest, Effort, sampling_params
 from jaxpaged.server.reader import OPENING, Parts, Reader
 from jaxpaged.server.tool_formats import CallPiece, format_of, parameters_of
-from jaxpaged.server.tools import ToolUse, readable, tools_of
+from jaxpaged.server.tools import ToolUse, new_call_id, readable, tools_of
 
 OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 """What a template is given by other fields of a request."""
@@ -36,6 +34,10 @@ class Parsers(NamedTuple):
     tools: str | None = None
     reasoning: str | None = None
 
+    def tool_format(self, template: str | None) -> str | None:
+        """How the model writes calls; None where that is not known."""
+        return self.tools or (format_of(template) if template is not None else None)
+
 
 class Chat(NamedTuple):
     """One request, understood."""
@@ -53,13 +55,9 @@ def understood(
 ) -> Chat:
     """What a request asks for. Raises RequestError."""
     template = tokenizer.chat_template if tokenizer is not None else None
-    format_name = parsers.tools or (format_of(template) if template is not None else None)
+    format_name = parsers.tool_format(template)
     tools = tools_of(request.tools, request.tool_choice, request.parallel_tool_calls, format_name, template)
-    params = chat_params(request, tools, defaults)
-    if tools is not None and tokenizer is not None and tools.reads.opening:
-        special = (tokenizer.backend.id_to_token(token) for token in tokenizer.special_token_ids)
-        if {tools.reads.opening, tools.reads.closing} & set(special):  # they must be seen to be read
-            params = replace(params, skip_special_tokens=False)
+    params = with_calls(chat_params(request, tools, defaults), tools, tokenizer)
     if request.continue_final_message and request.add_generation_prompt:
         raise RequestError("continue_final_message and add_generation_prompt are true; a turn either goes on or begins")
     variables = thinking(request.reasoning_effort, tokenizer)
@@ -110,7 +108,7 @@ def chat_params(request: ChatRequest, tools: ToolUse | None, defaults: Mapping[s
     """An answer may be as long as the model allows, unless it is bounded."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError(f"top_logprobs is {request.top_logprobs} but logprobs is not true; set it")
-    params = sampling_params(
+    return sampling_params(
         request,
         defaults,
         max_tokens=request.asked_tokens,
@@ -118,8 +116,18 @@ def chat_params(request: ChatRequest, tools: ToolUse | None, defaults: Mapping[s
         prompt_logprobs=request.prompt_logprobs,
         structured_outputs=tools.form if tools is not None else None,
     )
-    if tools is not None and tools.form is None and params.form is not None:
+
+
+def with_calls(params: SamplingParams, tools: ToolUse | None, tokenizer: Tokenizer | None) -> SamplingParams:
+    """The parameters with which calls of the tools can be read from the answer. Raises RequestError."""
+    if tools is None:
+        return params
+    if tools.form is None and params.form is not None:
         raise RequestError("tools and a form of the answer are given; set tool_choice to none, or leave the form out")
+    if tokenizer is not None and tools.reads.opening:
+        special = (tokenizer.backend.id_to_token(token) for token in tokenizer.special_token_ids)
+        if {tools.reads.opening, tools.reads.closing} & set(special):  # they must be seen to be read
+            return replace(params, skip_special_tokens=False)
     return params
 
 
@@ -172,7 +180,7 @@ class ChatForm:
 
     def _read(self, index: int, completion: CompletionOutput, output: RequestOutput) -> Parts:
         if self._tools is None and self._reasoning is None:
-            return Parts("", completion.text, [])
+            return Parts("", [completion.text])
         if index not in self._readers:
             self._readers[index] = Reader(
                 thinks=self._reasoning is not None,
@@ -194,7 +202,7 @@ class ChatForm:
                 continue
             if piece.name is not None:
                 function = {"name": piece.name, "arguments": piece.arguments}
-                found.append({"index": place, "id": _call_id(), "type": "function", "function": function})
+                found.append({"index": place, "id": new_call_id(), "type": "function", "function": function})
             elif found and found[-1]["index"] == place:
                 found[-1]["function"]["arguments"] += piece.arguments
             else:
@@ -219,11 +227,6 @@ class ChatForm:
         if self.request.prompt_logprobs is not None and is_first:
             part["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
         return part
-
-
-def _call_id() -> str:
-    """Mistral's templates want nine letters and digits."""
-    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
 def _joined(calls: list[Json]) -> list[Json]:

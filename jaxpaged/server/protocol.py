@@ -172,6 +172,8 @@ class ResponseText(msgspec.Struct, kw_only=True):
 class ResponseRequest(Generation, kw_only=True):
     """POST /v1/responses."""
 
+    serves: ClassVar[tuple[str, ...]] = ("tools", "tool_choice")
+
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = None
@@ -187,6 +189,9 @@ class ResponseRequest(Generation, kw_only=True):
     background: Any = None
     reasoning: ResponseReasoning | None = None
     max_tool_calls: Any = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def asked_tokens(self) -> int | None:

@@ -18,8 +18,17 @@ class Parts(NamedTuple):
     """What is new of an answer."""
 
     reasoning: str
-    content: str
-    calls: list[CallPiece]
+    pieces: list[str | CallPiece]  # what is said and called, in order
+
+    @property
+    def content(self) -> str:
+        """What is said."""
+        return "".join(piece for piece in self.pieces if isinstance(piece, str))
+
+    @property
+    def calls(self) -> list[CallPiece]:
+        """What is called."""
+        return [piece for piece in self.pieces if isinstance(piece, CallPiece)]
 
 
 class Reader:
@@ -34,12 +43,12 @@ class Reader:
 
     def take(self, text: str, *, is_last: bool) -> Parts:
         """What this text adds to the parts."""
-        reasoning, calls = "", list[CallPiece]()
+        reasoning = ""
         if self._thoughts is not None:
             reasoning, text = self._thoughts.take(text, is_last)
         if self._calls is not None:
-            text, calls = self._calls.take(text, is_last)
-        return Parts(reasoning, text, calls)
+            return Parts(reasoning, self._calls.take(text, is_last))
+        return Parts(reasoning, [text] if text else [])
 
 
 class _Thoughts:
@@ -96,30 +105,31 @@ class _Calls:
         self._blank = ""  # white space that may turn out to be nothing
         self._called = False
 
-    def take(self, text: str, is_last: bool) -> tuple[str, list[CallPiece]]:
-        """(said, calls)"""
-        feed, said, calls = self._feed, "", list[CallPiece]()
+    def take(self, text: str, is_last: bool) -> list[str | CallPiece]:
+        """What this adds to what is said and called."""
+        feed, found = self._feed, list[str | CallPiece]()
         feed.rest += text
         feed.is_whole = is_last
         while True:
             if self._reading is not None:
-                if not self._read(self._reading, calls):
+                if not self._read(self._reading, found):
                     break
                 self._reading = None
                 if not self._has_read:
-                    said += self._shown(feed.taken)
+                    found.append(self._shown(feed.taken))
             elif self._leaving:
                 if not self._leave():
                     break
             else:
                 before, begins = self._before_calls()
-                said += self._shown(before)
+                found.append(self._shown(before))
                 if not begins:
                     break
                 self._reading, self._has_read = self._form.read(feed, self._parameters), False
         if is_last and not self._called:  # it was part of the answer after all
-            said, self._blank = said + self._blank, ""
-        return said, calls
+            found.append(self._blank)
+            self._blank = ""
+        return [piece for piece in found if piece]
 
     def _before_calls(self) -> tuple[str, bool]:
         """Text up to where calls may begin, and whether they may."""
@@ -142,13 +152,13 @@ class _Calls:
         self._plain = True  # after these
         return "", True
 
-    def _read(self, reading: Reading, calls: list[CallPiece]) -> bool:
+    def _read(self, reading: Reading, found: list[str | CallPiece]) -> bool:
         """Add the pieces that are there; whether all there will be are."""
         try:
             for piece in reading:
                 if piece is None:
                     return False
-                calls.append(piece)
+                found.append(piece)
                 self._has_read = self._called = True
                 self._blank = ""
                 self._feed.mark()

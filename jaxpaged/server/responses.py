@@ -1,4 +1,4 @@
-"""/v1/responses: one answer to text, whole or as the events of OpenAI's newer API. Nothing is kept after it.
+"""/v1/responses: text or calls of tools, whole or as the events of OpenAI's newer API. Nothing is kept after it.
 
 A stream names each of its events and numbers them; the answer so far stands in those that open and close it.
 """
@@ -7,128 +7,57 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
-from jaxpaged.engine.chat_template import Message
 from jaxpaged.errors import RequestError
 from jaxpaged.outputs import CompletionOutput, RequestOutput
-from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.server.answers import Json, TokenNames, chat_logprobs
 from jaxpaged.server.async_engine import AsyncEngine, NewRequest
 from jaxpaged.server.chat import begins_thinking
 from jaxpaged.server.exchange import Exchange, event
 from jaxpaged.server.generation import Observer, Run
-from jaxpaged.server.protocol import ResponseRequest, sampling_params
 from jaxpaged.server.reader import Parts, Reader
+from jaxpaged.server.response_input import Asked
+from jaxpaged.server.tool_formats import CallPiece, parameters_of
+from jaxpaged.server.tools import new_call_id
 
-NOT_KEPT = "this server keeps no responses; "
-REFUSED = {
-    "store": NOT_KEPT + "leave it out",
-    "previous_response_id": NOT_KEPT + "send the conversation so far as input",
-    "conversation": NOT_KEPT + "send the conversation so far as input",
-    "background": NOT_KEPT + "stream it, or wait",
-    "prompt": "this server keeps no prompts; send instructions and input",
-    "tools": "it is not served here; use /v1/chat/completions",
-    "truncate_prompt_tokens": "it is not served; shorten the input",
-    "max_tool_calls": "it is not served; leave it out",
-}
-"""Fields that ask for what there is not, and what to do instead."""
+Kind = Literal["reasoning", "message", "function_call"]
 
-LOGPROBS = "message.output_text.logprobs"
-MEANS_NOTHING = ("reasoning.encrypted_content",)
-"""Clients ask for these parts of any response; where there are none, none come."""
+PREFIXES: dict[Kind, str] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
+"""Of items' ids."""
 
-TEXT_PARTS = ("input_text", "output_text", "text")
-ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-
-
-def response_params(request: ResponseRequest, defaults: Mapping[str, Any]) -> SamplingParams:
-    """A response may be as long as the model allows, unless it is bounded. Raises RequestError."""
-    for name, what in REFUSED.items():
-        if asked := getattr(request, name):
-            if isinstance(asked, Mapping) and not any(asked.values()):
-                continue
-            raise RequestError(f"{name} is given, but {what}")
-    if request.truncation not in (None, "disabled"):
-        raise RequestError(f"truncation is {request.truncation!r}; only 'disabled' is served: shorten the input")
-    match request.text.format if request.text is not None else None:
-        case {"type": "json_schema", **schema}:
-            request.response_format = {"type": "json_schema", "json_schema": schema}
-        case dict(other):
-            request.response_format = other
-        case None:
-            pass
-        case other:
-            raise RequestError(f"text.format is {other!r:.60}; it must be as in {{'type': 'text'}}")
-    if request.n not in (None, 1):
-        raise RequestError(f"n is {request.n:,}; a response has one text, leave it out")
-    include = request.include or []
-    if unknown := [name for name in include if name not in (LOGPROBS, *MEANS_NOTHING)]:
-        raise RequestError(f"include names {unknown[0]!r}; served: {LOGPROBS}")
-    wanted = (request.top_logprobs or 0) if LOGPROBS in include or request.top_logprobs else None
-    return sampling_params(request, defaults, max_tokens=request.asked_tokens, logprobs=wanted)
-
-
-def messages_of(request: ResponseRequest) -> list[Message]:
-    """Instructions and input as the messages of a chat. Raises RequestError."""
-    messages: list[Message] = []
-    if request.instructions:
-        messages.append({"role": "system", "content": request.instructions})
-    if isinstance(request.input, str):
-        return [*messages, {"role": "user", "content": request.input}]
-    for place, item in enumerate(request.input):
-        kind = item.get("type", "message")
-        if kind == "reasoning":  # of an earlier answer, which is in the input too
-            continue
-        if kind != "message":
-            raise RequestError(f"input[{place}] is a {kind!r}; only messages are served")
-        role = item.get("role")
-        if role not in ROLES:
-            raise RequestError(f"input[{place}] has role {role!r}; known: {', '.join(ROLES)}")
-        messages.append({"role": ROLES[role], "content": _text_of(item.get("content"), place)})
-    return messages
-
-
-def _text_of(content: Any, place: int) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(f"input[{place}] has content {content!r}; it must be text or a list of text parts")
-    texts = []
-    for part in content:
-        is_text = isinstance(part, Mapping) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
-        if not is_text:
-            raise RequestError(f"input[{place}] has a part {part!r}; only text is served")
-        texts.append(part["text"])
-    return "\n".join(texts)
+_NO_DETAILS = {"description": None, "parameters": None, "strict": False}
+"""What a tool says where its definition does not."""
 
 
 async def answer(
     exchange: Exchange,
     engine: AsyncEngine,
-    request: ResponseRequest,
+    asked: Asked,
     model: str,
     token_ids: list[int],
-    params: SamplingParams,
-    reasoning: str | None,
     observe: Observer,
 ) -> None:
-    """Run the prompt and write the answer; `reasoning` is the parser that tells thoughts apart, if any."""
+    """Run the prompt and write the answer."""
+    request, tools = asked.request, asked.tools
     if request.request_id is not None and not 0 < len(request.request_id) <= 256:
         raise RequestError(f"request_id has {len(request.request_id):,} characters; it must have 1 to 256")
     answer_id = f"resp_{request.request_id or uuid.uuid4().hex}"
     reader = None
-    if reasoning is not None and params.form is None:  # a given form has no room for thoughts
-        begun = begins_thinking(reasoning, engine.tokenizer, token_ids)
-        reader = Reader(thinks=True, begins_thinking=begun, tools=None)
-    writer = Writer(answer_id, model, request, params, TokenNames(engine.tokenizer), reader)
+    if asked.reasoning is not None or tools is not None:
+        reader = Reader(
+            thinks=asked.reasoning is not None,
+            begins_thinking=begins_thinking(asked.reasoning, engine.tokenizer, token_ids),
+            tools=tools.reads if tools is not None else None,
+            parameters=parameters_of(tools.definitions) if tools is not None else None,
+        )
+    writer = Writer(answer_id, model, asked, TokenNames(engine.tokenizer), reader)
     one = NewRequest(
         answer_id,
         token_ids,
-        params,
+        asked.params,
         "delta" if request.stream else "final",
         priority=request.priority or 0,
         cache_salt=request.cache_salt,
@@ -151,16 +80,21 @@ async def answer(
 
 @dataclass(slots=True)
 class Item:
-    """A part of the output as it grows: what was thought, or what is said."""
+    """A part of the output as it grows: what was thought, what is said, or a call, whose text are its arguments."""
 
-    kind: Literal["reasoning", "message"]
+    kind: Kind
     item_id: str
     place: int
+    name: str = ""  # of the function that is called
+    call_id: str = ""
     text: str = ""
     logprobs: list[Json] = field(default_factory=list)
 
     def as_object(self, status: str, *, is_begun: bool = True) -> Json:
         """OpenAI's output item."""
+        if self.kind == "function_call":
+            called = {"call_id": self.call_id, "name": self.name, "arguments": self.text}
+            return {"id": self.item_id, "type": self.kind, "status": status} | called
         common: Json = {
             "id": self.item_id,
             "type": self.kind,
@@ -177,8 +111,9 @@ class Item:
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": self.logprobs}
 
     def where(self) -> Json:
-        """How events name the part."""
-        return {"item_id": self.item_id, "output_index": self.place, "content_index": 0}
+        """How events name the item, or its one part."""
+        part = {} if self.kind == "function_call" else {"content_index": 0}
+        return {"item_id": self.item_id, "output_index": self.place} | part
 
 
 class Writer:
@@ -188,12 +123,14 @@ class Writer:
         self,
         answer_id: str,
         model: str,
-        request: ResponseRequest,
-        params: SamplingParams,
+        asked: Asked,
         names: TokenNames,
         reader: Reader | None = None,
     ) -> None:
+        request, params = asked.request, asked.params
         self._names, self._wanted, self._reader = names, params.logprobs, reader
+        self._most = asked.tools.most if asked.tools is not None else None
+        self._num_calls = 0
         self._name = answer_id.removeprefix("resp_")
         self._head: Json = {
             "id": answer_id,
@@ -203,13 +140,13 @@ class Writer:
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
             "metadata": request.metadata or {},
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": params.temperature,
             "text": {"format": (request.text and request.text.format) or {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": request.tool_choice or "auto",
+            "tools": [_NO_DETAILS | tool for tool in request.tools or ()],
             "top_logprobs": request.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": "disabled",
@@ -227,12 +164,14 @@ class Writer:
         self._last = output
         self._num_generated += len(completion.token_ids)
         self._logprobs += self._told(completion)
-        parts = Parts("", completion.text, [])
+        parts = Parts("", [completion.text] if completion.text else [])
         if self._reader is not None:
             parts = self._reader.take(completion.text, is_last=completion.finished)
         events = self._grown("reasoning", parts.reasoning) if parts.reasoning else b""
-        if parts.content or (completion.finished and (self._logprobs or not self._items)):
-            events += self._grown("message", parts.content)
+        for piece in parts.pieces:
+            events += self._grown("message", piece) if isinstance(piece, str) else self._called(piece)
+        if completion.finished and not self._num_calls and (self._logprobs or not self._items):
+            events += self._grown("message", "")
         return events
 
     def opening(self) -> bytes:
@@ -265,16 +204,35 @@ class Writer:
         response["usage"] = self._usage(self._last)
         return response
 
+    def _begun(self, kind: Kind, name: str = "", call_id: str = "") -> bytes:
+        """Another item begins, and the one before ends."""
+        events, place = self._ended("completed"), len(self._items)
+        item = Item(kind, f"{PREFIXES[kind]}_{self._name}_{place}", place, name, call_id)
+        self._items.append(item)
+        begun = item.as_object("in_progress", is_begun=False)
+        return events + self._event("output_item.added", output_index=place, item=begun)
+
+    def _called(self, piece: CallPiece) -> bytes:
+        """A call, or more of the last one's arguments. Its tokens' logprobs have no place in an answer."""
+        events = b""
+        self._logprobs.clear()
+        self._num_calls += piece.name is not None
+        if self._most is not None and self._num_calls > self._most:
+            return events
+        if piece.name is not None:
+            events = self._begun("function_call", piece.name, new_call_id())
+        item = self._items[-1]
+        item.text += piece.arguments
+        if not piece.arguments:
+            return events
+        return events + self._event("function_call_arguments.delta", **item.where(), delta=piece.arguments)
+
     def _grown(self, kind: Literal["reasoning", "message"], text: str) -> bytes:
-        """More text of an item; the one before ends where another begins."""
+        """More text of an item."""
         events = b""
         if not self._items or self._items[-1].kind != kind:
-            events = self._ended("completed")
-            prefix = "msg" if kind == "message" else "rs"
-            item = Item(kind, f"{prefix}_{self._name}", len(self._items))
-            self._items.append(item)
-            begun = item.as_object("in_progress", is_begun=False)
-            events += self._event("output_item.added", output_index=item.place, item=begun)
+            events = self._begun(kind)
+            item = self._items[-1]
             events += self._event("content_part.added", **item.where(), part=item.part())
         item = self._items[-1]
         item.text += text
@@ -291,16 +249,19 @@ class Writer:
         if not self._items:
             return b""
         item = self._items[-1]
-        kind, logprobs = (
-            ("reasoning_text", {}) if item.kind == "reasoning" else ("output_text", {"logprobs": item.logprobs})
-        )
-        return b"".join(
-            (
-                self._event(f"{kind}.done", **item.where(), text=item.text, **logprobs),
-                self._event("content_part.done", **item.where(), part=item.part()),
-                self._event("output_item.done", output_index=item.place, item=item.as_object(status)),
-            )
-        )
+        events = b""
+        match item.kind:
+            case "reasoning":
+                events = self._event("reasoning_text.done", **item.where(), text=item.text)
+            case "message":
+                events = self._event("output_text.done", **item.where(), text=item.text, logprobs=item.logprobs)
+            case "function_call":
+                events = self._event(
+                    "function_call_arguments.done", **item.where(), name=item.name, arguments=item.text
+                )
+        if item.kind != "function_call":
+            events += self._event("content_part.done", **item.where(), part=item.part())
+        return events + self._event("output_item.done", output_index=item.place, item=item.as_object(status))
 
     def _usage(self, output: RequestOutput) -> Json:
         prompt = len(output.prompt_token_ids)
@@ -320,7 +281,7 @@ class Writer:
             return []
         return chat_logprobs(completion.token_ids, completion.logprobs, self._names, self._wanted or 0)
 
-    def _event(self, name: str, **fields: Any) -> bytes:
+    def _event(self, name: str, /, **fields: Any) -> bytes:
         kind = f"response.{name}"
         return event({"type": kind, "sequence_number": next(self._numbers)} | fields, kind)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,16 +89,27 @@ def _readable(message: Message, place: int) -> Message:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RequestError(f"messages[{place}].tool_calls holds {call!r:.60}; a call has a function with a name")
-        arguments = function.get("arguments") or "{}"
-        try:
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise RequestError(f"messages[{place}] has a call whose arguments are no JSON object")
+        arguments = arguments_of(function.get("arguments"), f"messages[{place}]")
         found.append(call | {"function": function | {"arguments": arguments}})
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
     return {"content": ""} | {n: v for n, v in rest.items() if v is not None} | ({"tool_calls": found} if found else {})
+
+
+def arguments_of(given: Any, where: str) -> dict[str, Any]:
+    """A call's arguments as templates want them. Raises RequestError."""
+    given = given or "{}"
+    try:
+        found = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RequestError(f"{where} has a call whose arguments are no JSON object")
+    return found
+
+
+def new_call_id() -> str:
+    """Mistral's templates want nine letters and digits."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
 def _is_named(choice: Any) -> bool:
