@@ -108,6 +108,29 @@ def test_chunks_see_their_own_past_only(heads, kv_heads, dim):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("q_lens", [[1, 9, 0, 3, 8, 4], [17, 5, 1, 0, 40, 2]], ids=["drafts", "chunks"])
+def test_chunks_of_any_mean_length_come_out_whole(q_lens):
+    rng = np.random.default_rng(8)
+    kv_lens = [n and n + 7 * i for i, n in enumerate(q_lens)]
+    pool = Pool(rng, kv_lens, 16, 2, 16)
+    for num_tokens in (sum(q_lens), 2 * sum(q_lens), 8 * sum(q_lens)):
+        q = rng.standard_normal((num_tokens, 4, 16)).astype(np.float32)
+        got, want = ragged(pool, q, q_lens, 0.25, Options())
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("used", [[], [30], [0, 5, 17, 31]], ids=str)
+def test_rows_in_use_may_stand_anywhere_among_empty_ones(used):
+    rng = np.random.default_rng(9)
+    lens = [20 + s if s in used else 0 for s in range(32)]
+    pool = Pool(rng, lens, 16, 2, 16)
+    q = rng.standard_normal((32, 4, 16)).astype(np.float32)
+    got = jax.jit(partial(paged_attention, scale=0.25))(q, pool.pages, pool.table, pool.kv_lens)
+    for s, length in enumerate(lens):
+        want = exact(q[s : s + 1], pool.k[s], pool.v[s], 0.25, Options())[0] if length else 0.0
+        np.testing.assert_allclose(got[s], want, atol=1e-5)
+
+
 @pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
 def test_any_page_size(page_size):
     rng = np.random.default_rng(2)
