@@ -50,6 +50,8 @@ def test_lines_are_answered_as_by_the_server_or_refused_one_by_one(folder, tmp_p
         "chat": (CHAT, GREEDY | {"messages": said}),
         "text": (COMPLETE, GREEDY | {"prompt": "banana", "n": 2}),
         "vector": (EMBED, {"model": "tiny", "input": ["ban", "12"]}),
+        "ranked": ("/v1/rerank", {"query": "ban", "documents": ["12", "ban"]}),
+        "scored": ("/v1/score", {"text_1": "ban", "text_2": ["12", "ban"]}),
         "response": ("/v1/responses", {"model": "tiny", "input": "ban", "temperature": 0, "max_output_tokens": 5}),
     }
     many = {f"many {i}": (COMPLETE, GREEDY | {"prompt": "an" * (1 + i % 5)}) for i in range(30)}
@@ -72,9 +74,9 @@ def test_lines_are_answered_as_by_the_server_or_refused_one_by_one(folder, tmp_p
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines))
     assert run_batch(folder, source, target) == 0
-    assert f"{target}: 34 lines answered, 9 refused\n" in capsys.readouterr().out
+    assert f"{target}: 36 lines answered, 9 refused\n" in capsys.readouterr().out
     entries = [json.loads(text) for text in target.read_text().splitlines()]
-    assert len(entries) == 43 and len({entry["id"] for entry in entries}) == 43
+    assert len(entries) == len({entry["id"] for entry in entries}) == 45
     found = {e["custom_id"]: e for e in entries if e["custom_id"] != "text" or e["error"] is None}
     with running(folder) as server:
         for name, (url, body) in (good | many).items():
@@ -82,6 +84,9 @@ def test_lines_are_answered_as_by_the_server_or_refused_one_by_one(folder, tmp_p
             theirs, ours = server.http.post(url, json=body).json(), found[name]["response"]["body"]
             if name == "vector":
                 np.testing.assert_allclose(ours["data"][1]["embedding"], theirs["data"][1]["embedding"], atol=1e-5)
+            elif name in ("ranked", "scored"):
+                best = ours["results"][0] if name == "ranked" else ours["data"][1]
+                assert best["index"] == 1 and ours["usage"] == theirs["usage"]
             elif name == "response":
                 assert ours["output"][0]["content"] == theirs["output"][0]["content"]
             else:

@@ -1,4 +1,4 @@
-"""/v1/embeddings: what OpenAI's own client gets is what `LLM.embed` says."""
+"""/v1/embeddings: what OpenAI's own client gets is what `LLM.embed` says; and scores made of them."""
 
 from __future__ import annotations
 
@@ -63,6 +63,55 @@ def test_the_async_engine_embeds(server, llm):
     mean, last = asyncio.run(both())
     np.testing.assert_allclose(mean, llm.embed(TEXTS[0], use_tqdm=False)[0], atol=1e-5)
     np.testing.assert_allclose(last, llm.embed(TEXTS[2], "last", use_tqdm=False)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+def test_scores_are_cosines_of_pairs_or_of_one_with_all(server, llm, path):
+    vectors = llm.embed(TEXTS, use_tqdm=False)
+    one = server.post(path, model="tiny", text_1=TEXTS[0], text_2=TEXTS).json()
+    assert one["object"] == "list" and one["id"].startswith("score-") and one["model"] == "tiny"
+    assert [(entry["index"], entry["object"]) for entry in one["data"]] == [(i, "score") for i in range(3)]
+    np.testing.assert_allclose([entry["score"] for entry in one["data"]], vectors @ vectors[0], atol=1e-5)
+    lengths = [len(llm.tokenizer.encode(text)) for text in TEXTS]
+    assert one["usage"] == dict.fromkeys(("prompt_tokens", "total_tokens"), sum(lengths) + lengths[0])
+    pairs = server.post(path, text_1=TEXTS[:2], text_2=[llm.tokenizer.encode(text) for text in TEXTS[1:]]).json()
+    expected = (vectors[:2] * vectors[1:]).sum(-1)
+    np.testing.assert_allclose([entry["score"] for entry in pairs["data"]], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_documents_are_ordered_by_their_cosine_with_the_query(server, llm, path):
+    asked = {"query": "banana", "documents": TEXTS, "pooling": "last", "request_id": "mine"}
+    found = server.post(path, **asked).json()
+    scores = llm.embed(TEXTS, "last", use_tqdm=False) @ llm.embed("banana", "last", use_tqdm=False)[0]
+    order = np.argsort(-scores).tolist()
+    assert order != [0, 1, 2] and [entry["index"] for entry in found["results"]] == order
+    assert [entry["document"]["text"] for entry in found["results"]] == [TEXTS[place] for place in order]
+    np.testing.assert_allclose([entry["relevance_score"] for entry in found["results"]], scores[order], atol=1e-5)
+    assert found["id"] == "rerank-mine" and found["usage"]["total_tokens"] > 0
+    for most, count in ((2, 2), (9, 3), (0, 3)):
+        assert server.post(path, top_n=most, **asked).json()["results"] == found["results"][:count]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "message"),
+    [
+        ("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "an"]}, "text_1 has 2 texts and text_2 3; give as many"),
+        ("/score", {"text_1": ["a", "b"], "text_2": "an"}, "text_1 has 2 texts and text_2 1"),
+        ("/score", {"text_1": "a", "text_2": []}, "text_2 is empty"),
+        ("/score", {"text_1": "a"}, "text_2"),
+        ("/rerank", {"query": "a", "documents": []}, "documents is empty"),
+        ("/rerank", {"query": "a", "documents": ["a", [1]]}, "documents"),
+        ("/rerank", {"query": "", "documents": ["a"]}, "the prompt is empty"),
+        ("/rerank", {"query": "a", "documents": ["a"], "top_n": -1}, "top_n is -1; it must be 1 or more"),
+        ("/rerank", {"query": "a" * 20_000, "documents": ["a"]}, "max_model_len is 512"),
+        ("/rerank", {"query": "a", "documents": ["a"], "request_id": ""}, "request_id has 0 characters"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_scored_is_the_clients_fault(server, path, asked, message):
+    answer = server.post(path, **asked)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
 
 
 @pytest.mark.parametrize(

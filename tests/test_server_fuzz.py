@@ -15,7 +15,10 @@ schemathesis = pytest.importorskip("schemathesis")
 hypothesis = pytest.importorskip("hypothesis")
 
 NUM_CASES = int(os.environ.get("NUM_CASES", "2000"))
-BODIES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/detokenize")
+BODIES = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/score", "/v1/rerank"),
+    *("/tokenize", "/detokenize"),
+)
 
 
 def shorten(body):

@@ -224,6 +224,8 @@ SERVED = [
     ("ChatRequest", CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "ban"}]}]}),
     ("EmbeddingRequest", "/v1/embeddings", {"model": None, "input": ["a", "b"], "encoding_format": "base64"}),
     ("ResponseRequest", "/v1/responses", {"input": "ban", "top_logprobs": 3}),
+    ("ScoreRequest", "/v1/score", {"text_1": "a", "text_2": [[1, 2], [3]]}),
+    ("RerankRequest", "/v2/rerank", {"query": "a", "documents": ["a", "b"], "top_n": 0}),
     ("DetokenizeRequest", "/detokenize", {"tokens": []}),
 ]
 REFUSED = [
@@ -236,6 +238,7 @@ REFUSED = [
     ("CompletionRequest", COMPLETIONS, {"prompt": "a", "bad_words": ["a"] * 257}),
     ("ChatRequest", CHAT, {"messages": []}),
     ("EmbeddingRequest", "/v1/embeddings", {"input": "a", "model": "other"}),
+    ("RerankRequest", "/rerank", {"query": "a", "documents": ["a"], "top_n": -1}),
     ("DetokenizeRequest", "/detokenize", {"tokens": [-1]}),
 ]
 

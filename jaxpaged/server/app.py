@@ -23,7 +23,7 @@ from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import EngineDeadError, RequestError, TooLongError
 from jaxpaged.outputs import RequestOutput
-from jaxpaged.server import chat, embeddings, generation, response_input, responses
+from jaxpaged.server import chat, embeddings, generation, response_input, responses, scores
 from jaxpaged.server.async_engine import AsyncEngine
 from jaxpaged.server.exchange import ClientGone, Exchange, Receive, Room, Scope, Send, event
 from jaxpaged.server.faults import Fault, fault_of
@@ -36,7 +36,9 @@ from jaxpaged.server.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    RerankRequest,
     ResponseRequest,
+    ScoreRequest,
     TokenizeRequest,
     decode,
 )
@@ -49,6 +51,8 @@ log = logging.getLogger("jaxpaged")
 
 ONE_MODEL = "/v1/models/{model}"
 _REQUEST_NAME = re.compile(rb"[\x21-\x7e]{1,256}")
+SCORE_PATHS = ("/v1/score", "/score")
+RERANK_PATHS = ("/v1/rerank", "/rerank", "/v2/rerank")
 OPEN_PATHS = ("/health", "/ping")  # load balancers have no key
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -99,6 +103,8 @@ class App:
             "/v1/chat/completions": {"POST": self._chat},
             "/v1/responses": {"POST": self._responses},
             "/v1/embeddings": {"POST": self._embeddings},
+            **{path: {"POST": self._score} for path in SCORE_PATHS},
+            **{path: {"POST": self._rerank} for path in RERANK_PATHS},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
             "/tokenizer_info": {"GET": self._tokenizer_info},
@@ -215,6 +221,14 @@ class App:
     async def _embeddings(self, exchange: Exchange) -> None:
         request = _request(exchange, EmbeddingRequest)
         await embeddings.answer(exchange, self.engine, request, self._model(request.model), self._observer(exchange))
+
+    async def _score(self, exchange: Exchange) -> None:
+        request = _request(exchange, ScoreRequest)
+        await scores.score(exchange, self.engine, request, self._model(request.model), self._observer(exchange))
+
+    async def _rerank(self, exchange: Exchange) -> None:
+        request = _request(exchange, RerankRequest)
+        await scores.rerank(exchange, self.engine, request, self._model(request.model), self._observer(exchange))
 
     def _encode_chat(
         self, messages: Sequence[Message], turn: bool, goes_on: bool, variables: Mapping[str, Any]

@@ -19,7 +19,7 @@ from jaxpaged.errors import ConfigError, EngineDeadError
 from jaxpaged.server.answers import Json
 from jaxpaged.server.app import App
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/v1/rerank", "/v1/responses")
 
 
 class Line(msgspec.Struct):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import uuid
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,8 +17,8 @@ from jaxpaged.server.async_engine import AsyncEngine, NewRequest
 from jaxpaged.server.exchange import Exchange
 from jaxpaged.server.faults import Fault
 from jaxpaged.server.generation import Observer, Run, completion_prompts
-from jaxpaged.server.protocol import EmbeddingRequest
-from jaxpaged.server.truncation import cut
+from jaxpaged.server.protocol import Embedding, EmbeddingRequest
+from jaxpaged.server.truncation import Prompts, cut
 
 
 async def answer(
@@ -29,10 +30,24 @@ async def answer(
             f"dimensions is {request.dimensions:,} but this model's embeddings have {engine.dim:,} and are not made "
             "to be cut; leave it out"
         )
+    answer_id = answer_name("embd", request)
+    outputs = await embedded(engine, request, answer_id, completion_prompts(request.input, "input"), observe)
+    data = [_entry(place, output, request) for place, output in enumerate(outputs)]
+    usage = usage_of(outputs)
+    await exchange.reply_json({"id": answer_id, "object": "list", "model": model, "data": data, "usage": usage})
+
+
+def answer_name(prefix: str, request: Embedding) -> str:
+    """What the answer is called. Raises RequestError."""
     if request.request_id is not None and not 0 < len(request.request_id) <= 256:
         raise RequestError(f"request_id has {len(request.request_id):,} characters; it must have 1 to 256")
-    answer_id = f"embd-{request.request_id or uuid.uuid4().hex}"
-    given = completion_prompts(request.input, "input")
+    return f"{prefix}-{request.request_id or uuid.uuid4().hex}"
+
+
+async def embedded(
+    engine: AsyncEngine, request: Embedding, answer_id: str, given: Prompts, observe: Observer
+) -> list[RequestOutput]:
+    """What the engine says of each text, in their order."""
     inputs = await cut(engine, given, request.truncate_prompt_tokens, engine.max_model_len)
     requests = [
         NewRequest(
@@ -48,16 +63,24 @@ async def answer(
     ]
     async with Run(engine, requests, observe) as run:
         outputs = {place: output async for place, output in run.outputs()}
-    data = [_entry(place, outputs[place], request) for place in range(len(requests))]
-    num_tokens = sum(len(output.prompt_token_ids) for output in outputs.values())
-    counts = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    await exchange.reply_json({"id": answer_id, "object": "list", "model": model, "data": data, "usage": counts})
+    return [outputs[place] for place in range(len(requests))]
+
+
+def vector_of(output: RequestOutput, place: int) -> np.ndarray:
+    """An embedding. Raises Fault where the model gives none."""
+    if output.embedding is None:
+        raise Fault(500, f"the model's logits for input {place} are not finite; its weights may be broken")
+    return output.embedding
+
+
+def usage_of(outputs: Sequence[RequestOutput]) -> Json:
+    """Tokens of all texts, each embedded once."""
+    num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
 
 
 def _entry(place: int, output: RequestOutput, request: EmbeddingRequest) -> Json:
-    vector = output.embedding
-    if vector is None:
-        raise Fault(500, f"the model's logits for input {place} are not finite; its weights may be broken")
+    vector = vector_of(output, place)
     if request.normalize is not False:
         vector = unit_length(vector)
     if request.encoding_format == "base64":

@@ -22,6 +22,8 @@ class Operation(NamedTuple):
     streams: bool = False
 
 
+_SCORE = Operation("Say how alike texts are", protocol.ScoreRequest)
+_RERANK = Operation("Order documents by how alike they are to a query", protocol.RerankRequest)
 OPERATIONS: dict[str, dict[str, Operation]] = {
     "/": {"get": Operation("A page to chat and to look at the page pool", kind="text/html")},
     "/v1/models": {"get": Operation("The names of the model")},
@@ -32,6 +34,8 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         "post": Operation("Answer a text, in OpenAI's newer form", protocol.ResponseRequest, streams=True)
     },
     "/v1/embeddings": {"post": Operation("Embed texts", protocol.EmbeddingRequest)},
+    **{path: {"post": _SCORE} for path in ("/v1/score", "/score")},
+    **{path: {"post": _RERANK} for path in ("/v1/rerank", "/rerank", "/v2/rerank")},
     "/tokenize": {"post": Operation("Text or messages to token ids", protocol.TokenizeRequest)},
     "/detokenize": {"post": Operation("Token ids to text", protocol.DetokenizeRequest)},
     "/tokenizer_info": {"get": Operation("The special tokens and the chat template")},

@@ -28,6 +28,7 @@ _RANGES: dict[str, Json] = {
     "logprobs": _LOGPROBS,
     "top_logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
+    "top_n": {"minimum": 0},
     "request_id": {"minLength": 1, "maxLength": 256},
 }
 _LENGTHS: dict[str, Json] = {name: {"maxItems": most} for name, most in MAX_ENTRIES.items() if name != "logit_bias"}
@@ -64,6 +65,10 @@ def refined(schemas: Mapping[str, Json], models: Sequence[str], vocab_size: int)
         "tokens": ids | {"minItems": 0},
         ("CompletionRequest", "prompt"): prompts,
         ("EmbeddingRequest", "input"): prompts,
+        ("ScoreRequest", "text_1"): prompts,
+        ("ScoreRequest", "text_2"): prompts,
+        ("RerankRequest", "query"): texts,
+        ("RerankRequest", "documents"): several | {"items": texts},
         ("ResponseRequest", "input"): {"anyOf": [texts, MESSAGES]},
     }
     found = {}

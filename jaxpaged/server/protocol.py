@@ -199,20 +199,40 @@ class ResponseRequest(Generation, kw_only=True):
         return self.max_output_tokens
 
 
-class EmbeddingRequest(msgspec.Struct, kw_only=True):
-    """POST /v1/embeddings."""
+class Embedding(msgspec.Struct, kw_only=True):
+    """The fields that all share that embed texts."""
 
-    input: str | list[Any]  # as a completion's prompt
     model: str | None = None
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
     user: str | None = None
     pooling: Pooling | None = None
-    normalize: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
     request_id: str | None = None
     truncate_prompt_tokens: int | None = None
+
+
+class EmbeddingRequest(Embedding, kw_only=True):
+    """POST /v1/embeddings."""
+
+    input: str | list[Any]  # as a completion's prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    normalize: bool | None = None
+
+
+class ScoreRequest(Embedding, kw_only=True):
+    """POST /v1/score."""
+
+    text_1: str | list[Any]  # as a completion's prompt
+    text_2: str | list[Any]
+
+
+class RerankRequest(Embedding, kw_only=True):
+    """POST /v1/rerank."""
+
+    query: str
+    documents: list[str]
+    top_n: int | None = None  # 0: all
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
