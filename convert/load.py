@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxpaged.convert.checkpoint import (
     SPEC,
@@ -142,13 +144,23 @@ def readers(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Ite
     def of_part(tensor: StoredTensor, part: Part) -> ReadPart:
         return lambda *index: part.read(tensor, index).astype(dtype, copy=False)
 
+    def of_stack(tensors: Sequence[StoredTensor], part: Part) -> ReadPart:
+        def read(*index: NDArray[np.int64]) -> Array:
+            out = np.empty([len(axis) for axis in index], dtype)
+            for one, number in zip(out, index[0].tolist(), strict=True):
+                one[...] = part.read(tensors[number], index[1:])
+            return out
+
+        return read
+
     def of_whole(leaf: Array) -> ReadPart:
         return lambda *index: leaf[np.ix_(*index)].astype(dtype, copy=False)
 
     for rule in recipe.rules:
         if rule.parts is not None:
-            tensor = checkpoint.tensors[rule.sources[0]]
-            yield from zip(rule.paths, (of_part(tensor, part) for part in rule.parts), strict=True)
+            tensors = [checkpoint.tensors[name] for name in rule.sources]
+            read = partial(of_stack, tensors) if rule.stacks else partial(of_part, tensors[0])
+            yield from zip(rule.paths, map(read, rule.parts), strict=True)
         else:
             log.info("%s cannot be read in parts and is read whole", ", ".join(rule.sources))
             yield from ((path, of_whole(leaf)) for path, leaf in load_leaves([rule], checkpoint.read))

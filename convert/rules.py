@@ -46,7 +46,7 @@ class Rule:
     `load` makes the leaves' arrays from the tensors' (views where it can), `store` the tensors' from the leaves'. Both
     use shapes and array methods only: any dtype will do, and arrays of JAX stay where they are. `parts` say the same as
     `load` where each leaf is a part of the one tensor, so that parts of leaves can be read; without them it is read
-    whole.
+    whole. With `stacks` the one part is of every source, one after another along the leaf's first axis.
     """
 
     paths: tuple[str, ...]
@@ -54,6 +54,7 @@ class Rule:
     load: Transform
     store: Transform
     parts: tuple[Part, ...] | None = None
+    stacks: bool = False
 
 
 class Module(NamedTuple):
@@ -70,7 +71,8 @@ class Module(NamedTuple):
 
 
 Table = Mapping[str | tuple[str, ...], str | Module]
-"""Our module, or the modules that one HF module fuses -> HF module. `{i}` stands for every layer's number."""
+"""Our module, or the modules that one HF module fuses -> HF module. `{i}` stands for every layer's number, and `{e}` on
+the right for every expert's: our leaf holds them along its first axis."""
 
 
 def each_layer(prefix: str, modules: Table) -> dict[str | tuple[str, ...], str | Module]:
@@ -154,6 +156,15 @@ def interleaved(paths: Sequence[str], source: str, sizes: Sequence[int], num_hea
     return _in_parts(paths, source, [Part(transposed, columns[:, j].ravel()) for j in range(len(paths))], store)
 
 
+def stacked(path: str, sources: Sequence[str]) -> Rule:
+    """Linears' weights, one after another along the leaf's first axis (the experts of a mixture)."""
+
+    def load(tensors: Sequence[Array]) -> Sequence[Array]:
+        return [_namespace(tensors).stack([x.T for x in tensors])]
+
+    return Rule((path,), tuple(sources), load, lambda xs: [x.T for x in xs[0]], (Part(turned=True),), stacks=True)
+
+
 def _in_parts(paths: Sequence[str], source: str, parts: Sequence[Part], store: Transform) -> Rule:
     def load(tensors: Sequence[Array]) -> Sequence[Array]:
         return [part.of(tensors[0]) for part in parts]
@@ -184,6 +195,9 @@ def _module_rules(names: Sequence[str], module: Module, shapes: Mapping[str, tup
     for ours, theirs in ((".w", ".weight"), (".b", ".bias"), ("", "")):
         paths, source = [name + ours for name in names], module.name + theirs
         if not all(path in shapes for path in paths):
+            continue
+        if "{e}" in source:
+            yield stacked(paths[0], [source.replace("{e}", str(e)) for e in range(shapes[paths[0]][0])])
             continue
         transposed = not module.in_out
         sizes = [shapes[path][-1] for path in paths]

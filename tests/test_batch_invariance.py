@@ -16,11 +16,12 @@ from jaxpaged.engine.mesh_limits import check_mesh
 from jaxpaged.model.blocks import BLOCK, in_blocks
 from jaxpaged.model.params import dummy_params
 from jaxpaged.model.sharding import parallel
-from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
+from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Moe, Norm, Rope
 
 _NORM = Norm("rms", 1e-5)
 _LAYERS = tuple(
-    Block(Attention(6, 2, 32, 32**-0.5, Rope(1e4, 32), window=window), Mlp(192, "silu"), _NORM) for window in (None, 9)
+    Block(Attention(6, 2, 32, 32**-0.5, Rope(1e4, 32), window=window), ffn, _NORM)
+    for window, ffn in ((None, Mlp(192, "silu")), (9, Moe(6, 2, 96, "silu", renormalize=True)))
 )
 SPEC = Decoder(300, 96, 512, _LAYERS, _NORM, 96, tied_head=False, logit_softcap=30.0)
 PAGE = 4

@@ -33,7 +33,7 @@ from jaxpaged.errors import CheckpointError
 from jaxpaged.model.cache import init_cache
 from jaxpaged.model.decoder import apply
 from jaxpaged.model.params import Params, check_params, flatten, map_specs
-from jaxpaged.model.spec import Block, Decoder, LinearScaling, Norm, Rope, from_json, to_json
+from jaxpaged.model.spec import Block, Decoder, LinearScaling, Moe, Norm, Rope, from_json, to_json
 from jaxpaged.model.step import StepInputs, forward
 
 Golden = Callable[[str, Callable[[], Mapping[str, np.ndarray]]], Mapping[str, np.ndarray]]
@@ -212,6 +212,13 @@ def every_scaling(**changes: Any) -> Callable[[Decoder], Decoder]:
     return every_block(change)
 
 
+def every_mixture(**changes: Any) -> Callable[[Decoder], Decoder]:
+    def change(block: Block) -> Block:
+        return replace(block, ffn=replace(block.ffn, **changes)) if isinstance(block.ffn, Moe) else block
+
+    return every_block(change)
+
+
 def every_block(change: Callable[[Block], Block]) -> Callable[[Decoder], Decoder]:
     return lambda spec: replace(spec, blocks=tuple(change(block) for block in spec.blocks))
 
@@ -239,6 +246,12 @@ WRONG: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     "residual post": ("opt_350m", every_block(lambda block: replace(block, residual="serial"))),
     "residual sandwich": ("gemma2", every_block(lambda block: replace(block, residual="serial"))),
     "activation": ("gpt2", every_block(lambda block: replace(block, ffn=replace(block.ffn, act="gelu")))),
+    "fewer experts a token": ("mixtral", every_mixture(top_k=1)),
+    "more experts a token": ("qwen3_moe", every_mixture(top_k=4)),
+    "weights that do not add up to 1": ("mixtral", every_mixture(renormalize=False)),
+    "weights that add up to 1": ("qwen2_moe", every_mixture(renormalize=True)),
+    "no shared expert": ("qwen2_moe", every_mixture(shared=None)),
+    "shared expert without its gate": ("qwen2_moe", every_mixture(shared_gate=False)),
     "learned positions": ("opt", lambda spec: replace(spec, learned_positions=1)),
     "rope where there is none": ("smollm3", every_mixer(rope=Rope(100.0, 12))),
     "linear factor": ("llama_linear", every_scaling(factor=3.9)),

@@ -19,7 +19,7 @@ from jaxpaged.model.decoder import apply
 from jaxpaged.model.head_layout import fit_heads, fit_leaf, head_layout
 from jaxpaged.model.params import dummy_params, flatten, map_specs, param_specs
 from jaxpaged.model.sharding import Placement, ShardingRules, parallel
-from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
+from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Moe, Norm, Rope
 
 RMS, LAYER = Norm("rms", 1e-5), Norm("layer", 1e-5)
 ENGINE = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "num_pages": 48, "page_size": 4, "warmup": False}
@@ -46,7 +46,14 @@ def gemma() -> Decoder:
     return Decoder(64, 48, 96, blocks, norm, 48, tied_head=True, embed_scale=48**0.5)
 
 
+def mixture() -> Decoder:
+    block = llama().blocks[0]
+    moe = Moe(8, 2, 48, "silu", renormalize=True, shared=Mlp(32, "silu"), shared_gate=True)
+    return replace(llama(), blocks=(block, replace(block, ffn=moe)))
+
+
 MODELS = {"llama": llama(), "grouped": llama(8, 4), "awkward": llama(9, 3), "gpt2": gpt2(), "gemma": gemma()}
+MODELS |= {"mixture": mixture()}
 PROMPTS = [np.random.default_rng(i).integers(0, 64, n).tolist() for i, n in enumerate((5, 40, 9))]
 
 
@@ -64,7 +71,13 @@ def tokens_of(llm: LLM) -> list[list[int]]:
     [("grouped", 8)]
     + [
         pytest.param(name, size, marks=(pytest.mark.slow, *([pytest.mark.long] if size == 4 else [])))
-        for name, sizes in {"llama": (2, 4, 8), "awkward": (2, 4, 8), "gpt2": (2, 4, 8), "gemma": (2, 4, 8)}.items()
+        for name, sizes in {
+            "llama": (2, 4, 8),
+            "awkward": (2, 4, 8),
+            "gpt2": (2, 4, 8),
+            "gemma": (2, 4, 8),
+            "mixture": (2, 4),
+        }.items()
         for size in sizes
     ],
 )
@@ -95,6 +108,23 @@ def test_8_bit_pages_moves_to_the_host_and_limits_on_logits_work_on_a_mesh():
     assert ran[0] == ran[1] == ran[2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tensor_parallel_size": 4, "sharding_rules": ShardingRules(experts="model")},
+        {"tensor_parallel_size": 2, "data_parallel_size": 2},
+        {"tensor_parallel_size": 2, "prefill_context_parallel_size": 2},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    ],
+    ids=["experts shared out", "data", "sequence", "layers"],
+)
+def test_a_mixture_of_experts_gives_the_same_tokens_on_every_kind_of_mesh(sizes):
+    spec = mixture()
+    params = weights(spec)
+    assert tokens_of(LLM((spec, params), **sizes, **ENGINE)) == tokens_of(LLM((spec, params), **ENGINE))
+
+
 def test_each_device_holds_its_share_of_weights_and_pool():
     spec = llama(dim=256)
     engine = LLM((spec, weights(spec)), tensor_parallel_size=8, **ENGINE).engine
@@ -105,14 +135,15 @@ def test_each_device_holds_its_share_of_weights_and_pool():
     assert sum(w.nbytes for path, w in flatten(engine.params) if "norm" in path) < 0.005 * sum(w.nbytes for w in cut)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "mixture"])
 @pytest.mark.parametrize("bucket", [Bucket(4, 0, 0), Bucket(4, 32, 4)], ids=["decode", "mixed"])
 def test_a_step_sums_twice_a_layer_and_once_for_the_embedding_and_moves_nothing_else(name, bucket):
     spec = MODELS[name]
     llm = LLM((spec, weights(spec)), tensor_parallel_size=2, **ENGINE)
     compiled = llm.engine.runner.functions.forward(bucket)
     sums = Moved("all-reduce", "f32", (bucket.num_tokens, spec.dim))
-    assert moved(compiled.as_text()) == {sums: 2 * len(spec.blocks) + 1}
+    shared = name == "mixture"  # a shared expert's output is one more sum
+    assert moved(compiled.as_text()) == {sums: 2 * len(spec.blocks) + shared + 1}
     pools = sum(leaf.nbytes for leaf in jax.tree.leaves(llm.engine.runner.cache))
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= pools / 2

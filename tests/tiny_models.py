@@ -62,6 +62,7 @@ OPT_SHAPE = {k: v for k, v in SHAPE.items() if k not in ("intermediate_size", "n
     "pad_token_id": 1,
 }
 NEOX_SHAPE = {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}
+MOE_SHAPE = SHAPE | {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 LLAMA3 = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
@@ -155,6 +156,30 @@ CASES: dict[str, Case] = {
             layer_types=["sliding_attention", "full_attention"],
         ),
         _case("qwen3", "qwen3", SHAPE, head_dim=24, rope_theta=1000.0),
+        _case(
+            "mixtral", "mixtral", SHAPE, num_local_experts=6, num_experts_per_tok=2, sliding_window=5, rope_theta=1000.0
+        ),
+        _case(
+            "qwen2_moe",
+            "qwen2_moe",
+            MOE_SHAPE | {"num_hidden_layers": 4},
+            shared_expert_intermediate_size=36,
+            decoder_sparse_step=2,
+            mlp_only_layers=[3],
+            use_sliding_window=True,
+            sliding_window=5,
+            max_window_layers=3,
+        ),
+        _case(
+            "qwen3_moe",
+            "qwen3_moe",
+            MOE_SHAPE,
+            head_dim=24,
+            norm_topk_prob=True,
+            mlp_only_layers=[0],
+            use_sliding_window=True,
+            sliding_window=5,
+        ),
         _case("gemma", "gemma", SHAPE | {"num_key_value_heads": 1}, head_dim=16, hidden_act="gelu"),
         _case(
             "gemma2",

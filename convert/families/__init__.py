@@ -7,7 +7,20 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpaged.convert.families import gemma, gpt2, gpt_neox, llama, mistral, opt, phi, phi3, qwen, smollm3
+from jaxpaged.convert.families import (
+    gemma,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    opt,
+    phi,
+    phi3,
+    qwen,
+    qwen_moe,
+    smollm3,
+)
 from jaxpaged.convert.rules import Rule
 from jaxpaged.errors import CheckpointError
 from jaxpaged.model.spec import Decoder
@@ -45,11 +58,14 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(gpt_neox.spec, gpt_neox.rules, r"\.attention\.(masked_)?bias$|\.rotary_emb\.inv_freq$"),
     "llama": Family(llama.spec, llama.rules),
     "mistral": Family(mistral.spec, llama.rules),
+    "mixtral": Family(mixtral.spec, mixtral.rules),
     "opt": Family(opt.spec, opt.rules),
     "phi": Family(phi.spec, phi.rules),
     "phi3": Family(phi3.spec, phi3.rules),
     "qwen2": Family(qwen.qwen2_spec, llama.rules),
+    "qwen2_moe": Family(qwen_moe.qwen2_spec, qwen_moe.rules),
     "qwen3": Family(qwen.qwen3_spec, llama.rules),
+    "qwen3_moe": Family(qwen_moe.qwen3_spec, qwen_moe.rules),
     "smollm3": Family(smollm3.spec, llama.rules),
 }
 

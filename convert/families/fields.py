@@ -12,6 +12,8 @@ from jaxpaged.model.spec import Activation
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1000
 """Above any real model; a lying config must not make us build a billion blocks before tensors are counted."""
+MAX_EXPERTS = 1024
+"""Above any real mixture, for the same reason."""
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -98,6 +100,13 @@ class Fields:
         if unknown := [v for v in values if v not in ("full_attention", "sliding_attention")]:
             raise self.error("layer_types", f"has {unknown[0]!r}; supported: full_attention, sliding_attention")
         return tuple(v == "sliding_attention" for v in values)
+
+    def indices(self, name: str, count: int) -> frozenset[int]:
+        """A list of numbers of layers, of `count`; null is an empty one."""
+        values = self._values.get(name) or []
+        if not isinstance(values, list) or not all(type(v) is int and 0 <= v < count for v in values):
+            raise self.error(name, f"must be a list of whole numbers from 0 to {count - 1}")
+        return frozenset(values)
 
     def switches(self, name: str, count: int) -> tuple[bool, ...]:
         """A list of `count` zeros and ones."""

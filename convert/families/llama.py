@@ -86,7 +86,8 @@ def with_biases(spec: Decoder, c: Fields) -> Decoder:
     """`attention_bias` puts biases on all four attention linears, `mlp_bias` on the MLP's."""
     biased = c.flag("attention_bias")
     spec = map_mixers(spec, lambda i, a: replace(a, qkv_bias=biased, out_bias=biased))
-    return map_blocks(spec, lambda i, b: replace(b, ffn=replace(b.ffn, bias=c.flag("mlp_bias"))))
+    wide = c.flag("mlp_bias")
+    return map_blocks(spec, lambda i, b: replace(b, ffn=replace(b.ffn, bias=wide)) if isinstance(b.ffn, Mlp) else b)
 
 
 def map_blocks(spec: Decoder, f: Callable[[int, Block], Block]) -> Decoder:

@@ -20,13 +20,17 @@ from jaxpaged.kernels.reference import attention as dense_attention
 from jaxpaged.model.attention import mix
 from jaxpaged.model.ffn import feed_forward
 from jaxpaged.model.linear import linear
+from jaxpaged.model.moe import chosen_experts, every_expert
 from jaxpaged.model.norm import normalize
 from jaxpaged.model.params import Params
 from jaxpaged.model.rope import RopeTable, rope_table
-from jaxpaged.model.spec import Attention, Block, Decoder, Rope
+from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Moe, Rope
 
 Attend = Callable[[Any, Array, Array, Array, Attention, Array | None], tuple[Array, Any]]
 """attend(kv, q [T, H, D], k [T, K, D], v [T, K, D], spec, sinks [H] or None) -> ([T, H, D], kv)"""
+
+Mixture = Callable[[Array, Any, Moe], Array]
+"""mixture(x [T, M], p, spec) -> [T, M]: how experts are computed"""
 
 
 def hidden_states(
@@ -37,6 +41,7 @@ def hidden_states(
     spec: Decoder,
     kvs: Sequence[Any],
     attend: Attend,
+    mixture: Mixture = chosen_experts,
     *,
     remat: bool = False,
 ) -> tuple[Float[Array, "T M"], tuple[Any, ...]]:
@@ -46,7 +51,7 @@ def hidden_states(
     gradients compute every layer again from its input rather than keep what is inside it.
     """
     x = embed(params, tokens, positions, spec)
-    x, kvs = through_layers(params["layers"], x, positions, rope_lens, spec.blocks, kvs, attend, remat=remat)
+    x, kvs = through_layers(params["layers"], x, positions, rope_lens, spec.blocks, kvs, attend, mixture, remat=remat)
     return last_norm(params, x, spec), kvs
 
 
@@ -70,6 +75,7 @@ def through_layers(
     blocks: Sequence[Block],
     kvs: Sequence[Any],
     attend: Attend,
+    mixture: Mixture = chosen_experts,
     *,
     remat: bool = False,
 ) -> tuple[Float[Array, "T M"], tuple[Any, ...]]:
@@ -77,7 +83,10 @@ def through_layers(
     ropes = {b.mixer.rope for b in blocks if b.mixer.rope is not None}
     tables = {rope: rope_table(rope, positions, rope_lens) for rope in ropes}
     outer = jax.checkpoint if remat else jax.jit
-    layer = {block: outer(partial(_layer, block=block, tables=tables, attend=attend)) for block in set(blocks)}
+    layer = {
+        block: outer(partial(_layer, block=block, tables=tables, attend=attend, mixture=mixture))
+        for block in set(blocks)
+    }
     new_kvs = []
     for block, p, kv in zip(blocks, layers, kvs, strict=True):
         x, kv = layer[block](x, p, kv)
@@ -110,7 +119,7 @@ def apply(params: Params, tokens: Int[Array, " T"], spec: Decoder, *, remat: boo
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     rope_lens = jnp.full_like(positions, tokens.shape[0])
     hidden, _ = hidden_states(
-        params, tokens, positions, rope_lens, spec, (None,) * len(spec.blocks), attend, remat=remat
+        params, tokens, positions, rope_lens, spec, (None,) * len(spec.blocks), attend, every_expert, remat=remat
     )
     return logits(params, hidden, spec)
 
@@ -123,6 +132,7 @@ def _layer(
     block: Block,
     tables: Mapping[Rope, RopeTable],
     attend: Attend,
+    mixture: Mixture,
 ) -> tuple[Float[Array, "T M"], Any]:
     def norm(y: Array, name: str) -> Array:
         return normalize(y, p[name], block.norm)
@@ -131,7 +141,9 @@ def _layer(
         return mix(y, p["mixer"], block.mixer, tables, partial(attend, kv))
 
     def ffn(y: Array) -> Array:
-        return feed_forward(y, p["ffn"], block.ffn)
+        if isinstance(block.ffn, Mlp):
+            return feed_forward(y, p["ffn"], block.ffn)
+        return mixture(y, p["ffn"], block.ffn)
 
     match block.residual:
         case "serial":

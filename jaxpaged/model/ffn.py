@@ -1,4 +1,4 @@
-"""The feed-forward half of a block."""
+"""The feed-forward half of a block where every row has the same weights; for mixtures of experts see `moe.py`."""
 
 from __future__ import annotations
 

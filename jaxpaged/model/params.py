@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm
+from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Moe, Norm
 
 Params = Mapping[str, Any]
 """{"embed": {"w": [V, E]}, "layers": ({"norm1", "mixer", "ffn", ...}, ...), "norm", "head", ...}"""
@@ -60,7 +60,7 @@ def _block(block: Block, dim: int) -> dict[str, Any]:
         "post": ("norm1", "norm2"),
     }[block.residual]
     tree: dict[str, Any] = {name: _norm(block.norm, dim) for name in norms}
-    return tree | {"mixer": _attention(block.mixer, dim), "ffn": _mlp(block.ffn, dim)}
+    return tree | {"mixer": _attention(block.mixer, dim), "ffn": _ffn(block.ffn, dim)}
 
 
 def _attention(a: Attention, dim: int) -> dict[str, Any]:
@@ -74,6 +74,29 @@ def _attention(a: Attention, dim: int) -> dict[str, Any]:
     if a.qk_norm is not None:
         tree |= {"q_norm": _norm(a.qk_norm, a.head_dim, None), "k_norm": _norm(a.qk_norm, a.head_dim, None)}
     return tree | ({"sinks": ParamSpec((a.heads,), ("heads",), "zeros")} if a.sinks else {})
+
+
+def _ffn(ffn: Mlp | Moe, dim: int) -> dict[str, Any]:
+    if isinstance(ffn, Mlp):
+        return _mlp(ffn, dim)
+    tree: dict[str, Any] = {
+        "router": {"w": ParamSpec((dim, ffn.experts), ("embed", None))},
+        "experts": expert_specs(ffn, dim),
+    }
+    if ffn.shared is not None:
+        tree["shared"] = _mlp(ffn.shared, dim)
+    return tree | ({"shared_gate": {"w": ParamSpec((dim, 1), ("embed", None))}} if ffn.shared_gate else {})
+
+
+def expert_specs(moe: Moe, dim: int) -> dict[str, Any]:
+    """An Mlp's leaves with all experts along a first axis; their columns are cut by a rule of their own."""
+
+    def stacked(leaf: ParamSpec) -> ParamSpec:
+        axes = ("expert_ffn" if axis == "ffn" else axis for axis in leaf.axes)
+        return ParamSpec((moe.experts, *leaf.shape), ("experts", *axes), leaf.init)
+
+    tree: dict[str, Any] = jax.tree.map(stacked, _mlp(moe.expert, dim), is_leaf=is_param_spec)
+    return tree
 
 
 def _mlp(m: Mlp, dim: int) -> dict[str, Any]:
@@ -123,7 +146,7 @@ def dummy_params(spec: Decoder, seed: int = 0, dtype: jnp.dtype | str = jnp.floa
         key = next(keys)
         if leaf.init != "normal":
             return jnp.full(leaf.shape, 1 if leaf.init == "ones" else 0, dtype)
-        return jax.random.normal(key, leaf.shape, dtype) * np.asarray(leaf.shape[0] ** -0.5, dtype)
+        return jax.random.normal(key, leaf.shape, dtype) * np.asarray(leaf.shape[-2] ** -0.5, dtype)
 
     return map_specs(make, spec)
 

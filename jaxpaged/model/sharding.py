@@ -42,6 +42,8 @@ class ShardingRules:
     heads, kv_heads   query and kv heads. Attention is independent per kv head, so these want no traffic until the
                       output projection's sum; the two must be cut alike: a query head reads its kv head's pages
     ffn               columns of up and gate, rows of down: the other sum of a layer
+    experts           the experts of a mixture, whole ones to each device. Without an axis, or with another one than
+                      ffn, every expert is cut along ffn as other layers are
     vocab             rows of the embedding, columns of the head. Logits stay cut while they are sampled from
     embed             the residual stream's width. Whole: cutting it would make every product a sum over devices
     data              the rows of a step and the pages: each part holds sequences of its own, all weights, and waits for
@@ -58,6 +60,7 @@ class ShardingRules:
     heads: str | None = "model"
     kv_heads: str | None = "model"
     ffn: str | None = "model"
+    experts: str | None = None
     vocab: str | None = "model"
     embed: str | None = None
     data: str | None = None
@@ -139,11 +142,11 @@ class Placement:
 
     def num_shards(self, logical: str) -> int:
         """Into how many parts this logical axis is cut."""
-        return math.prod(int(self.mesh.shape[axis]) for axis in self._axes(logical))
+        return math.prod(int(self.mesh.shape[axis]) for axis in self.axes(logical))
 
     def partition(self, *logical: str | None) -> PartitionSpec:
         """How an array with these logical axes (None: whole) is cut. Raises ConfigError where two fall on one axis."""
-        axes = [() if name is None else self._axes(name) for name in logical]
+        axes = [() if name is None else self.axes(name) for name in logical]
         for axis in (axis for cut in axes for axis in cut):
             if sum(axis in cut for cut in axes) > 1:
                 both = " and ".join(str(name) for name, cut in zip(logical, axes, strict=True) if axis in cut)
@@ -153,11 +156,13 @@ class Placement:
                 )
         return PartitionSpec(*(None if not cut else cut[0] if len(cut) == 1 else cut for cut in axes))
 
-    def _axes(self, logical: str) -> tuple[str, ...]:
+    def axes(self, logical: str) -> tuple[str, ...]:
         """The mesh axes that a logical one is cut along. That of "attention" is heads as they attend, and as pages hold
         them: what a device has of the weights' heads, cut once more along the sequence's axis. That of "tokens" is the
-        rows of all data shards.
+        rows of all data shards, that of "expert_ffn" an expert's ffn, which is whole where devices share out experts.
         """
+        if logical == "expert_ffn":
+            return () if self.rules.ffn == self.rules.experts else self.axes("ffn")
         cut = {"attention": ("heads", "sequence"), "tokens": ("data", "sequence")}.get(logical, (logical,))
         return tuple(axis for name in cut if (axis := self.rules.by_axis[name]) is not None)
 
@@ -286,7 +291,8 @@ class Placement:
         return mapped  # type: ignore[no-any-return]
 
     def _indivisible(self, path: str, logical: str, size: int) -> str:
-        count, axis = self.num_shards(logical), self.rules.by_axis[logical]
+        count, logical = self.num_shards(logical), logical.removeprefix("expert_")
+        axis = self.rules.by_axis[logical]
         below = next(n for n in range(count, 0, -1) if size % n == 0)
         above = next(n for n in range(count, size + 1) if size % n == 0)
         return (

@@ -126,6 +126,28 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Moe:
+    """A mixture of experts: the sum of the `top_k` gated Mlps, of `experts`, that a router finds likeliest for a token.
+
+    Each is weighted by its probability among all experts, or with `renormalize` among those chosen. `dim` is an
+    expert's hidden width F. `shared` is one more Mlp that every token has, times sigmoid(x . w) with `shared_gate`.
+    """
+
+    experts: int
+    top_k: int
+    dim: int
+    act: Activation
+    renormalize: bool
+    shared: Mlp | None = None
+    shared_gate: bool = False
+
+    @property
+    def expert(self) -> Mlp:
+        """What each of the experts is."""
+        return Mlp(self.dim, self.act)
+
+
+@dataclass(frozen=True)
 class Block:
     """One layer. `residual` says where norms and additions stand:
 
@@ -137,7 +159,7 @@ class Block:
     """
 
     mixer: Attention
-    ffn: Mlp
+    ffn: Mlp | Moe
     norm: Norm
     residual: Residual = "serial"
 
@@ -209,6 +231,7 @@ _NODES: dict[str, type] = {
         Rope,
         Attention,
         Mlp,
+        Moe,
         Block,
         Decoder,
     )

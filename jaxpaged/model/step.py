@@ -7,6 +7,7 @@ counts are told by shapes (D = S - E, E = len(cu_q_lens) - 1), so a bucket is no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxpaged.model import cache as kv_cache
 from jaxpaged.model.blocks import carry_blocks, in_blocks
 from jaxpaged.model.cache import KVCache, Pool
 from jaxpaged.model.decoder import embed, hidden_states, last_norm, logits, through_layers
+from jaxpaged.model.moe import chosen_experts
 from jaxpaged.model.params import Params
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Attention, Block, Decoder
@@ -100,13 +102,17 @@ def _known(inputs: StepInputs, sampled: Int[Array, " R_before"]) -> Int[Array, "
 
 def _cut_rows(inputs: StepInputs, placement: Placement | None) -> Callable[..., Array]:
     """cut(x, *logical): x with rows as they are cut in this step, its other axes as said."""
-    # A step that only decodes has few rows: to split them would take longer than it saves.
-    rows = "sequence" if inputs.cu_q_lens.shape[0] > 1 else None
+    rows = _row_axis(inputs)
 
     def cut(x: Array, *logical: str | None) -> Array:
         return x if placement is None else placement.constrain(x, rows, *logical)
 
     return cut
+
+
+def _row_axis(inputs: StepInputs) -> str | None:
+    """The logical axis of a step's rows. One that only decodes has few: to split them would take more than it saves."""
+    return "sequence" if inputs.cu_q_lens.shape[0] > 1 else None
 
 
 def _embedded(
@@ -160,7 +166,9 @@ def _through(
             parts.append(ragged_paged_attention(*chunks, **options))
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0], pool
 
-    x, pools = through_layers(layers, x, cut(inputs.positions), cut(inputs.rope_lens), blocks, cache.pools, attend)
+    mixture = partial(chosen_experts, placement=placement, rows=_row_axis(inputs))
+    positions, rope_lens = cut(inputs.positions), cut(inputs.rope_lens)
+    x, pools = through_layers(layers, x, positions, rope_lens, blocks, cache.pools, attend, mixture)
     return x, KVCache(pools)
 
 
@@ -207,6 +215,8 @@ def _forward_in_blocks(
     kv_lens = jnp.where(inputs.slots < capacity, inputs.positions + 1, 0)
     rows = _Rows(tokens, inputs.positions, inputs.rope_lens, inputs.slots, sequence, kv_lens)
 
+    mixture = partial(chosen_experts, placement=placement)
+
     def one_block(pools: tuple[Pool, ...], rows: _Rows) -> tuple[tuple[Pool, ...], Array]:
         slots = jnp.where(rows.kv_lens > 0, rows.slots, capacity)
         table = inputs.page_table[rows.sequence]
@@ -222,7 +232,8 @@ def _forward_in_blocks(
             each = here if placement is None else _on_heads(here, placement, pool)
             return each(pool, q, k, v, sinks, (slots, table, rows.kv_lens))
 
-        hidden, pools = hidden_states(params, rows.token_ids, rows.positions, rows.rope_lens, spec, pools, attend)
+        where = rows.token_ids, rows.positions, rows.rope_lens
+        hidden, pools = hidden_states(params, *where, spec, pools, attend, mixture)
         return pools, hidden
 
     # Data shards that sum inside go round equally often, so that no device can wait for one that is done.
