@@ -7,9 +7,12 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_chat_model import write_chat_model
@@ -17,8 +20,10 @@ from tiny_chat_model import write_chat_model
 from jaxpaged import LLM, EngineConfig, SamplingParams
 from jaxpaged.__main__ import main
 from jaxpaged.cli.chat import Chat
+from jaxpaged.cli.commands import COMMANDS
 from jaxpaged.cli.options import INSTEAD, field_help
 
+ROOT = Path(__file__).parents[1]
 SMALL = ["--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--num-pages", "64", "--temperature", "0"]
 
 
@@ -307,7 +312,71 @@ def test_bench_without_matplotlib_says_what_to_install(jaxpaged, monkeypatch):
     assert (status, err) == (2, "error: matplotlib is not installed; pip install 'jaxpaged[plot]'\n")
 
 
+# Ctrl-C
+
+
+MODULE = ["-m", "jaxpaged"]
+SCRIPT = ["-c", "import sys; from jaxpaged.__main__ import main; sys.exit(main())"]
+
+
+@pytest.mark.parametrize(
+    ("start", "command"), [(MODULE, name) for name in COMMANDS if name != "bench"] + [(SCRIPT, "serve")]
+)
+def test_interrupt_while_modules_are_imported_is_one_line(tmp_path, start, command):
+    (tmp_path / "jax.py").write_text(
+        """if True:
+        import time
+        print("importing", flush=True)
+        try:
+            time.sleep(60)
+        except BaseException:  # as numpy and jax do
+            raise ImportError from None
+        """
+    )
+    arguments = {
+        "convert": ["a", "b"],
+        "run-batch": ["m", "-i", "x", "-o", "y"],
+        "export": ["m", "y"],
+        "plan": ["m", "--devices", "1"],
+    }
+    process = subprocess.Popen(
+        [sys.executable, *start, command, *arguments.get(command, ["m"])],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n", process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "error: interrupted\n" and process.returncode == 130
+
+
+def test_interrupt_later_is_one_line_and_the_handler_is_the_usual_one(jaxpaged, monkeypatch):
+    def run(args):
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("jaxpaged.cli.generate.run", run)
+    assert jaxpaged("generate", "m", "x") == (130, "", "error: interrupted\n")
+
+
 # Help
+
+
+def test_help_needs_no_jax():
+    program = """if True:
+        import sys
+        from contextlib import suppress
+        sys.modules["jax"] = None  # fails whoever imports it
+        from jaxpaged.__main__ import main
+        for command in sys.argv[1:]:
+            with suppress(SystemExit):
+                print("ended with", main([command, "--help"]), file=sys.stderr)
+        """
+    commands = [name for name in COMMANDS if name != "convert"]
+    done = subprocess.run([sys.executable, "-c", program, *commands], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("usage: ") == len(commands)
 
 
 @pytest.mark.parametrize("settings", [SamplingParams, EngineConfig])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from real_model import smollm2_gguf
 
-from jaxpaged.__main__ import COMMANDS, main
+from jaxpaged.__main__ import main
+from jaxpaged.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

@@ -36,6 +36,7 @@ MAY_IMPORT = {
 
 WITHOUT_JAX = (
     *WORDS,
+    "jaxpaged",
     "jaxpaged.engine.request",
     "jaxpaged.engine.page_pool",
     "jaxpaged.engine.scheduler",
@@ -123,7 +124,7 @@ def test_importing_jaxpaged_leaves_jax_as_it_was() -> None:
     program = """if True:
         import jax
         before = dict(jax.config.values)
-        import jaxpaged
+        from jaxpaged import *
         changed = {k for k in before if jax.config.values[k] != before[k]}
         assert not changed, f"importing jaxpaged changed jax.config: {changed}"
         jax.config.update("jax_num_cpu_devices", 3)  # raises once a backend has started
