@@ -243,7 +243,11 @@ def test_processes_that_train_hand_each_its_part_of_the_new_weights_to_the_engin
     assert leader["second"] == leader["unchanged"] == leader["woken"] == second
     assert leader["third"] == third
     assert follower["refused"].startswith("the new params do not fit: missing head.w (16, 40)")
-    assert leader["refused"].startswith("process 1 of 2 was given params that do not fit")
+    assert leader["refused"].startswith("process 1 of 2 was given params or a policy that do not fit")
+    for wrong, right in (leader, follower), (follower, leader):
+        assert wrong["policy"][wrong is follower] == "policy is 'wait'; known: keep, recompute, abort"
+        other = f"process {int(wrong is follower)} of 2 was given params or a policy that do not fit"
+        assert right["policy"][wrong is follower].startswith(other)
     assert leader["alone"].startswith("process 1 of 2 only follows; call llm.release()")
     assert leader["under way"] == 0
     assert leader["early"].startswith("the weights were deleted, or donated to another function")

@@ -95,6 +95,10 @@ def main(address: str, num: str, process: str) -> None:
 
     headless = {name: tree for name, tree in params.items() if name != "head"}
     told["refused"] = refusal(partial(engine.update_params, params if leads else headless))
+    told["policy"] = [
+        refusal(partial(engine.update_params, params, "wait" if leads == leader_is_wrong else "keep"))
+        for leader_is_wrong in (True, False)
+    ]
     turn("alone", partial(refusal, partial(engine.update_params, params)))
     turn("unchanged", answers)
     told["arrays"] += [num_arrays()]

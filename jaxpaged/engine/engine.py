@@ -260,9 +260,9 @@ class Engine:
         Over several processes all of them call this, outside `follow`, each with its part of the same arrays, and it is
         taken or refused in all. So it is with `wake_up(params)`.
         """
-        if policy not in get_args(UpdatePolicy):
-            raise ConfigError(f"policy is {policy!r}; known: {', '.join(get_args(UpdatePolicy))}")
-        self.runner.update_params(params)
+        known = get_args(UpdatePolicy)
+        problem = None if policy in known else f"policy is {policy!r}; known: {', '.join(known)}"
+        self.runner.update_params(params, problem)
         self.shards.reset_prefix_cache()
         if policy == "recompute":
             self.shards.preempt_all()

@@ -143,7 +143,7 @@ class Relay:
         if problem is not None:
             raise ConfigError(problem)
         reasons = {
-            REFUSES: "was given params that do not fit, as its own error says; give all processes the same",
+            REFUSES: "was given params or a policy that do not fit, as its own error says; give all processes the same",
             FOLLOWS: "only follows; call llm.release(), so that follow() returns there, then this in all processes",
         }
         for answer, reason in reasons.items():

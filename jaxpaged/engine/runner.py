@@ -188,13 +188,16 @@ class Runner:
         """Whether there are weights rather than their shapes."""
         return _is_real(self.params)
 
-    def update_params(self, params: Params) -> None:
+    def update_params(self, params: Params, problem: str | None = None) -> None:
         """Use other weights from the next step on; ConfigError, and no change, where they do not fit.
 
-        Over several processes all call this, outside `follow`, and it fails in all where it does in one.
+        Over several processes all call this, outside `follow`, and it fails in all where it does in one, or where its
+        caller has a `problem` in one.
         """
         if self._relay is not None:
-            self._relay.agree(self._problem(params), self._follow_until)
+            self._relay.agree(problem or self._problem(params), self._follow_until)
+        elif problem is not None:
+            raise ConfigError(problem)
         with self._guard():
             if self.placement is not None and not check_params(self._asked, params):
                 params = self.placement.place(params, self._asked)
