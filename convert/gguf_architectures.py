@@ -30,10 +30,14 @@ _CLASSES = {
     "gpt_neox": "GPTNeoXForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
 
@@ -102,8 +106,11 @@ def gguf_config(path: object, file: GgufFile) -> Config:
         )
     if not facts.has("token_embd.weight") or len(facts.tensors["token_embd.weight"].shape) != 2:
         raise CheckpointError(f"{path} holds no matrix token_embd.weight; it is no complete language model")
-    if num_experts := facts.get("expert_count", 0):
-        raise CheckpointError(f"{path} has {num_experts} experts; mixtures of experts are not read from GGUF yet")
+    if facts.get("expert_count", 0) and not any("{e}" in theirs for theirs in architecture.names.values()):
+        raise CheckpointError(
+            f"{path} has {facts.count('expert_count')} experts; mixtures that we read are "
+            + ", ".join(sorted(k for k, a in ARCHITECTURES.items() if any("{e}" in v for v in a.names.values())))
+        )
     config = _common(facts) | architecture.config(facts)
     return config | {"architectures": [_CLASSES[config["model_type"]]]}
 
@@ -115,9 +122,21 @@ def gguf_tensors(path: object, file: GgufFile, config: Config) -> dict[str, Stor
     for name, tensor in file.tensors.items():
         if name in NOT_WEIGHTS:
             continue
-        undo = architecture.undo(name, config)
-        tensors[_hf_name(name, architecture.names)] = _undone(tensor, undo, path, name) if undo else tensor
+        undo, theirs = architecture.undo(name, config), _hf_name(name, architecture.names)
+        if "{e}" in theirs:
+            tensors |= {theirs.replace("{e}", str(e)): expert for e, expert in enumerate(_experts(tensor))}
+        elif name.endswith(".ffn_gate_inp_shexp.weight"):  # a matrix of one row, which the writer took for a vector
+            tensors[theirs] = tensor._replace(shape=(1, *tensor.shape[-1:]))
+        else:
+            tensors[theirs] = _undone(tensor, undo, path, name) if undo else tensor
     return tensors
+
+
+def _experts(tensor: StoredTensor) -> list[StoredTensor]:
+    """The experts' tensors that lie in one, one after another."""
+    count, *shape = tensor.shape
+    each = tensor.nbytes // count
+    return [tensor._replace(offset=tensor.offset + i * each, nbytes=each, shape=tuple(shape)) for i in range(count)]
 
 
 def _hf_name(name: str, names: Mapping[str, str]) -> str:
@@ -202,7 +221,13 @@ def _rope_scaling(facts: Facts) -> Config | None:
     raise CheckpointError(f"{facts.path} has rope scaling {kind!r}; those we read are linear, yarn and none")
 
 
+def _experts_of(facts: Facts, count: str) -> Config:
+    return {count: facts.count("expert_count"), "num_experts_per_tok": facts.count("expert_used_count")}
+
+
 def _llama(facts: Facts) -> Config:
+    if facts.get("expert_count", 0):
+        return _rms(facts) | _experts_of(facts, "num_local_experts") | {"model_type": "mixtral", "sliding_window": None}
     window = facts.get("attention.sliding_window")
     kind = {"model_type": "mistral", "sliding_window": window} if window else {"model_type": "llama"}
     return _rms(facts) | kind | {"mlp_bias": facts.has("blk.0.ffn_up.bias")}
@@ -210,6 +235,27 @@ def _llama(facts: Facts) -> Config:
 
 def _qwen(model_type: str) -> Callable[[Facts], Config]:
     return lambda facts: _rms(facts) | {"model_type": model_type, "use_sliding_window": False}
+
+
+def _qwen_moe(model_type: str, *, renormalizes: bool) -> Callable[[Facts], Config]:
+    def config(facts: Facts) -> Config:
+        shared = facts.get("expert_shared_feed_forward_length")
+        return (
+            _qwen(model_type)(facts)
+            | _experts_of(facts, "num_experts")
+            | {
+                "moe_intermediate_size": facts.count("expert_feed_forward_length"),
+                "norm_topk_prob": facts.get("expert_weights_norm", renormalizes),
+                "qkv_bias": facts.has("blk.0.attn_q.bias"),
+            }
+            | ({"shared_expert_intermediate_size": shared} if shared else {})
+        )
+
+    return config
+
+
+def _olmoe(facts: Facts) -> Config:
+    return _rms(facts) | _experts_of(facts, "num_experts") | {"model_type": "olmoe", "norm_topk_prob": False}
 
 
 def _smollm3(facts: Facts) -> Config:
@@ -379,6 +425,28 @@ _LLAMA = {
         "ffn_down": "mlp.down_proj",
     },
 )
+_MIXTRAL = _LLAMA | _layers(
+    "model.layers",
+    {
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.{e}.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.{e}.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.{e}.w2",
+    },
+)
+_QWEN_MOE = _LLAMA | _layers(
+    "model.layers",
+    {
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
+        "ffn_up_exps": "mlp.experts.{e}.up_proj",
+        "ffn_down_exps": "mlp.experts.{e}.down_proj",
+        "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+        "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+        "ffn_up_shexp": "mlp.shared_expert.up_proj",
+        "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    },
+)
 _GEMMA2 = _LLAMA | _layers(
     "model.layers",
     {
@@ -423,9 +491,12 @@ _GPT_NEOX = {
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(_LLAMA, _llama, _undo_llama),
+    "llama": Architecture(_MIXTRAL, _llama, _undo_llama),
+    "olmoe": Architecture(_QWEN_MOE, _olmoe),
     "qwen2": Architecture(_LLAMA, _qwen("qwen2")),
+    "qwen2moe": Architecture(_QWEN_MOE, _qwen_moe("qwen2_moe", renormalizes=False)),
     "qwen3": Architecture(_LLAMA, _qwen("qwen3")),
+    "qwen3moe": Architecture(_QWEN_MOE, _qwen_moe("qwen3_moe", renormalizes=True)),
     "smollm3": Architecture(_LLAMA, _smollm3, _undo_llama),
     "gemma": Architecture(_LLAMA, _gemma, _undo_gemma),
     "gemma2": Architecture(_GEMMA2, _gemma2, _undo_gemma),

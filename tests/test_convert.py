@@ -58,7 +58,8 @@ GPT2 = {
     "n_ctx": 64,
     "tie_word_embeddings": True,
 }
-CONFIGS = {"llama": LLAMA, "phi3": PHI3, "gpt_neox": NEOX, "gpt2": GPT2}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 3}
+CONFIGS = {"llama": LLAMA, "phi3": PHI3, "gpt_neox": NEOX, "gpt2": GPT2, "mixtral": MIXTRAL}
 
 Save = Callable[..., Path]
 

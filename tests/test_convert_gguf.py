@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("llama", dict(CASES["mistral"].config)),
     "qwen2": ("qwen2", dict(CASES["qwen2"].config)),
     "qwen3": ("qwen3", dict(CASES["qwen3"].config)),
+    "mixtral": ("llama", dict(CASES["mixtral"].config, sliding_window=None, rms_norm_eps=1e-5)),
+    "olmoe": ("olmoe", dict(CASES["olmoe"].config, rms_norm_eps=1e-5)),
+    "qwen2_moe": (
+        "qwen2moe",
+        dict(CASES["qwen2_moe"].config, decoder_sparse_step=1, mlp_only_layers=[], use_sliding_window=False),
+    ),
+    "qwen3_moe": ("qwen3moe", dict(CASES["qwen3_moe"].config, mlp_only_layers=[], use_sliding_window=False)),
     "gemma": ("gemma", dict(CASES["gemma"].config)),
     "gemma2": ("gemma2", dict(DEEP, model_type="gemma2", **GEMMA, **SOFTCAPS)),
     "gemma3": ("gemma3", dict(DEEP, model_type="gemma3_text", **GEMMA, rope_theta=2000.0, rope_local_base_freq=50.0)),
@@ -78,9 +86,20 @@ def split_heads(w: np.ndarray, heads: int) -> np.ndarray:
     return np.concatenate([by_head[:, part].reshape(-1, *w.shape[1:]) for part in range(3)])
 
 
+def with_experts_together(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All experts' tensors as one, in which the name has no expert's number."""
+    whole: dict[str, Any] = {}
+    for name, w in tensors.items():
+        together = re.sub(r"(\.experts)\.\d+\.", r"\1.", name)
+        whole[together] = w if together == name else [*whole.get(together, []), w]
+    return {name: np.stack(w) if isinstance(w, list) else w for name, w in whole.items()}
+
+
 def as_llama_cpp(architecture: str, config: Mapping[str, Any], name: str, w: np.ndarray) -> np.ndarray:
     """The numbers that llama.cpp's converter writes for an HF tensor."""
     heads = config.get("num_attention_heads", 0)
+    if name.endswith("shared_expert_gate.weight"):
+        return w.squeeze()
     if architecture in ("llama", "smollm3") and ".q_proj." in name:
         return permuted(w, heads)
     if architecture in ("llama", "smollm3") and ".k_proj." in name:
@@ -114,6 +133,10 @@ def metadata_of(architecture: str, c: Mapping[str, Any]) -> dict[str, Any]:
         "rope.freq_base": float(c.get("rope_theta", c.get("rotary_emb_base", 10000.0))),
         "attention.sliding_window": c.get("sliding_window") if c.get("use_sliding_window", True) else None,
         "rope.freq_base_swa": c.get("rope_local_base_freq"),
+        "expert_count": c.get("num_experts") or c.get("num_local_experts"),
+        "expert_used_count": c.get("num_experts_per_tok"),
+        "expert_feed_forward_length": c.get("moe_intermediate_size"),
+        "expert_shared_feed_forward_length": c.get("shared_expert_intermediate_size"),
         "attn_logit_softcapping": c.get("attn_logit_softcapping"),
         "final_logit_softcapping": c.get("final_logit_softcapping"),
         "rope.scaling.original_context_length": c.get("original_max_position_embeddings")
@@ -149,7 +172,7 @@ def write_gguf(path: Path, architecture: str, config: Mapping[str, Any], extra: 
     kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, 8)
     tensors = {}
-    for name, w in tensors_of(config).items():
+    for name, w in with_experts_together(tensors_of(config)).items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
         tensors[theirs] = as_llama_cpp(architecture, config, name, w)

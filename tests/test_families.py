@@ -237,6 +237,7 @@ WRONG: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     ),
     "softcap": ("gemma2", every_mixer(softcap=2.2)),
     "logit softcap": ("gemma2", lambda spec: replace(spec, logit_softcap=5.5)),
+    "another eps of the norm over all heads": ("olmoe", every_mixer(qk_norm=Norm("rms", 1.0))),
     "no qk norm": ("qwen3", every_mixer(qk_norm=None)),
     "qk norm of the plain kind": ("gemma3", every_mixer(qk_norm=Norm("rms", 1e-6))),
     "norm of the plain kind": ("gemma", every_block(lambda block: replace(block, norm=Norm("rms", 1e-6)))),
@@ -403,6 +404,13 @@ def test_mistral_window_left_out_is_not_the_same_as_null(said: dict[str, Any], w
     assert {block.mixer.window for block in family_of(config).spec(config).blocks} == {window}
 
 
+def test_windows_of_a_mixture_are_where_the_config_says() -> None:
+    config = {**CASES["qwen2_moe"].config, "layer_types": ["full_attention", "sliding_attention"] * 2}
+    both = tiny("qwen2_moe").spec, family_of(config).spec(config)
+    assert [[b.mixer.window for b in spec.blocks] for spec in both] == [[5, None, 5, None], [None, 5, None, 5]]
+    assert [isinstance(block.ffn, Moe) for block in both[0].blocks] == [False, True, False, False]
+
+
 @pytest.mark.parametrize("old", ["su", "yarn"])
 def test_long_rope_under_its_first_names_is_read(old: str) -> None:
     config = longrope(type=old)
@@ -481,6 +489,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "encoder": ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     "cross attention": ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
     "norms without weights": ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine = False"),
+    "clipped queries": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 bounds"),
+    "more experts a token than there are": ("mixtral", {"num_experts_per_tok": 7}, "a whole number from 1 to 6"),
+    "absurd number of experts": ("qwen3_moe", {"num_experts": 10**9}, "num_experts = 1000000000 must be"),
+    "dense layer that is not there": ("qwen2_moe", {"mlp_only_layers": [4]}, "mlp_only_layers = [4] must be a list"),
     "tied head with a bias": ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings = True"),
     "unknown family": ("llama", {"model_type": "mamba"}, "'mamba' is not a known architecture; known: gemma, gemma2"),
 }

@@ -14,6 +14,7 @@ from jaxpaged.bench.shapes import SHAPES
 from jaxpaged.convert.families import FAMILIES
 from jaxpaged.engine.forecast import Forecaster, Speeds
 from jaxpaged.model.params import dummy_params
+from jaxpaged.model.sharding import ShardingRules
 
 SMOLLM2 = SHAPES["smollm2-135m"] | {"num_hidden_layers": 2, "vocab_size": 1024}
 GEMMA = {
@@ -88,6 +89,28 @@ def test_a_decode_step_reads_every_weight_but_the_embedding_and_all_keys_that_ar
     assert (step.num_sums, step.sum_bytes) == (65, 512 << 10)
     assert step.link_bytes == 65 * 2 * 7 * (512 << 10) // 8
     assert step.total(Speeds(1e12, 1e30, 1e9)) == pytest.approx(step.flops / 1e12 + step.link_bytes / 1e9)
+
+
+def test_a_decode_step_computes_the_experts_that_are_chosen_and_reads_each_once():
+    spec = spec_of(SHAPES["mixtral-8x7b"])
+    one, many = (Forecaster(spec, "bfloat16", EngineConfig()).decode_step(n, 8) for n in (1, 64))
+    expert, attention, head = 3 * 4096 * 14336, 4096 * (32 + 8 + 8 + 32) * 128, 4096 * 32000
+    others = 32 * (attention + 4096 * 8 + 2 * 4096) + head + 4096
+    assert one.weight_bytes == 2 * (others + 32 * 2 * expert)
+    assert many.weight_bytes == pytest.approx(2 * (others + 32 * 8 * expert), rel=1e-6)
+    assert many.flops - 64 * 32 * 4 * 8 * 32 * 128 == 2 * 64 * (others - 65 * 4096 + 32 * 2 * expert)
+
+
+@pytest.mark.parametrize("rules", [None, ShardingRules(experts="model")], ids=["cut", "whole"])
+def test_devices_have_equal_shares_of_the_experts(rules):
+    whole, cut = (
+        Forecaster(spec_of(SHAPES["qwen3-30b-a3b"]), "bfloat16", EngineConfig(tensor_parallel_size=n), rules=rules)
+        for n in (1, 4)
+    )
+    assert 61e9 < whole.weight_bytes() < 61.2e9
+    kept = 48 * (2 * 2048 + 2 * 128 + 2048 * 128) + 2048  # norms and routers
+    assert cut.weight_bytes() == (whole.weight_bytes() - 2 * kept) // 4 + 2 * kept
+    assert (whole.decode_step(8, 64).num_sums, cut.decode_step(8, 64).num_sums) == (0, 97)
 
 
 def test_a_pipeline_stage_reads_its_weights_for_each_group_and_hands_on_a_row_for_each_sequence():

@@ -49,7 +49,7 @@ def assert_parts_are_the_wholes(checkpoint: Checkpoint, *, exact_bytes: bool = T
             assert BYTES_READ.total - before == part.nbytes, path
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", *FUSED])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "mixtral", *FUSED])
 def test_a_part_of_a_leaf_reads_its_own_bytes(tmp_path: Path, name: str) -> None:
     folder = write_checkpoint(tmp_path / "hf", CASES[name].config, tiny(name).shapes)
     assert_parts_are_the_wholes(open_checkpoint(folder))

@@ -52,8 +52,13 @@ def mixture() -> Decoder:
     return replace(llama(), blocks=(block, replace(block, ffn=moe)))
 
 
+def norms_over_all_heads() -> Decoder:
+    mixer = Attention(8, 2, 8, 8**-0.5, Rope(1e4, 8), qk_norm=RMS, norm_all_heads=True)
+    return replace(llama(), blocks=(replace(llama().blocks[0], mixer=mixer),))
+
+
 MODELS = {"llama": llama(), "grouped": llama(8, 4), "awkward": llama(9, 3), "gpt2": gpt2(), "gemma": gemma()}
-MODELS |= {"mixture": mixture()}
+MODELS |= {"mixture": mixture(), "norms over all heads": norms_over_all_heads()}
 PROMPTS = [np.random.default_rng(i).integers(0, 64, n).tolist() for i, n in enumerate((5, 40, 9))]
 
 
@@ -77,6 +82,7 @@ def tokens_of(llm: LLM) -> list[list[int]]:
             "gpt2": (2, 4, 8),
             "gemma": (2, 4, 8),
             "mixture": (2, 4),
+            "norms over all heads": (2,),
         }.items()
         for size in sizes
     ],
@@ -113,9 +119,10 @@ def test_8_bit_pages_moves_to_the_host_and_limits_on_logits_work_on_a_mesh():
     "sizes",
     [
         {"tensor_parallel_size": 4, "sharding_rules": ShardingRules(experts="model")},
-        {"tensor_parallel_size": 2, "data_parallel_size": 2},
-        {"tensor_parallel_size": 2, "prefill_context_parallel_size": 2},
-        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+        *(
+            pytest.param({"tensor_parallel_size": 2, name: 2}, marks=pytest.mark.long)
+            for name in ("data_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size")
+        ),
     ],
     ids=["experts shared out", "data", "sequence", "layers"],
 )
@@ -212,6 +219,11 @@ REFUSED = [
         lambda: parallel(3).fit(llama(9, 3)),
         r"vocab is 64 \(embed.w\), which the 3 .* take 2 or 4 devices",
     ),
+    (
+        lambda: parallel(4).fit(norms_over_all_heads()),
+        "8 query and 2 kv heads, .* one norm together, .* 4 devices",
+    ),
+    (lambda: parallel(3, rules=ShardingRules(vocab=None)).fit(mixture()), "ffn is 64 .* take 2 or 4 devices"),
     (lambda: Placement(Mesh(np.asarray(jax.devices()[:2]), ("x",))), r"ShardingRules.on\('x'\)"),
     (lambda: parallel(2, rules=ShardingRules(kv_heads=None)), "name one axis for both"),
     (lambda: parallel(2, rules=ShardingRules(embed="model")).fit(llama()), "cut vocab and embed along .*'model'"),

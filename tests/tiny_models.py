@@ -180,6 +180,13 @@ CASES: dict[str, Case] = {
             use_sliding_window=True,
             sliding_window=5,
         ),
+        _case(
+            "olmoe",
+            "olmoe",
+            {k: v for k, v in MOE_SHAPE.items() if k != "moe_intermediate_size"},
+            clip_qkv=None,
+            norm_topk_prob=False,
+        ),
         _case("gemma", "gemma", SHAPE | {"num_key_value_heads": 1}, head_dim=16, hidden_act="gelu"),
         _case(
             "gemma2",

@@ -8,6 +8,7 @@ latencies and the host are not in it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from jaxpaged.errors import ConfigError
 from jaxpaged.model.cache import KVCache, cache_shapes, page_bytes, pool_dtype
 from jaxpaged.model.params import flatten, param_specs
 from jaxpaged.model.sharding import Placement, ShardingRules, mesh_axes
-from jaxpaged.model.spec import Decoder
+from jaxpaged.model.spec import Decoder, Moe
 from jaxpaged.model.stages import Stage, holders, make_stages
 
 
@@ -141,6 +142,7 @@ class Forecaster:
         products = [shape for path, shape in weights if len(shape) == 2 and self._is_multiplied(path, stage)]
         vectors = [shape for _, shape in weights if len(shape) == 1]
         flops = 2 * num_seqs * sum(math.prod(shape) for shape in products)
+        experts_flops, experts_read = self._experts(weights, num_seqs, stage)
         parts = self.placement.num_shards("sequence")
         kv_bytes = gathered = 0
         pools = self._cache(stage, 1).pools
@@ -152,17 +154,22 @@ class Forecaster:
             gathered += (parts - 1) * heads * a.head_dim
             flops += 4 * num_seqs * seen * heads * a.head_dim
             kv_bytes += num_seqs * seen * _bytes(pool) // self.config.page_size
-        layers = len(blocks)
-        sums = [("heads", layers, self.spec.dim), ("ffn", layers, self.spec.dim)]
-        sums += [("vocab", 1, self.spec.embed_dim)] if stage.is_first else []
-        cut = [(self.placement.num_shards(axis), count, width) for axis, count, width in sums]
+        mixtures = [block.ffn for block in blocks if isinstance(block.ffn, Moe)]
+        dense = len(blocks) - len(mixtures) + sum(moe.shared is not None for moe in mixtures)
+        sums: list[tuple[tuple[str, ...], int, int]]
+        sums = [(("heads",), len(blocks), self.spec.dim), (("ffn",), dense, self.spec.dim)]
+        sums += [(("experts", "expert_ffn"), len(mixtures), self.spec.dim)]
+        sums += [(("vocab",), 1, self.spec.embed_dim)] if stage.is_first else []
+        cut = [(math.prod(map(self.placement.num_shards, axes)), count, width) for axes, count, width in sums if count]
         row = num_seqs * self.dtype.itemsize
         handed_on = 0 if stage.is_last else self.spec.dim * row
         return DecodeStep(
             num_seqs=num_seqs,
             context_len=context_len,
-            flops=flops,
-            weight_bytes=stage.count * sum(map(math.prod, (*products, *vectors))) * self.dtype.itemsize,
+            flops=flops + experts_flops,
+            weight_bytes=stage.count
+            * (sum(map(math.prod, (*products, *vectors))) + experts_read)
+            * self.dtype.itemsize,
             kv_bytes=kv_bytes,
             num_sums=stage.count * sum(count for n, count, _ in cut if n > 1),
             sum_bytes=max((width * row // stage.count for n, _, width in cut if n > 1), default=0),
@@ -170,6 +177,18 @@ class Forecaster:
             + gathered * row
             + handed_on,
         )
+
+    def _experts(self, weights: Sequence[tuple[str, tuple[int, ...]]], num_seqs: int, stage: Stage) -> tuple[int, int]:
+        """Flops of a step's experts, and how many of their weights a group of sequences reads, if all experts are as
+        likely as each other: E experts of which a token has K are E (1 - (1 - K / E) ** tokens) different ones.
+        """
+        flops = read = 0.0
+        for path, shape in weights:
+            if len(shape) == 3 and isinstance(moe := self.spec.blocks[int(path.split(".")[1])].ffn, Moe):
+                chosen = moe.top_k / moe.experts
+                flops += 2 * num_seqs * chosen * math.prod(shape)
+                read += math.prod(shape) * (1 - (1 - chosen) ** (num_seqs / stage.count))
+        return round(flops), round(read)
 
     def weight_bytes(self) -> int:
         """Bytes of weights on each device, of pipeline stages on those that have most."""

@@ -20,10 +20,12 @@ def mix(
     x: Float[Array, "T M"], p: Mapping[str, Any], a: Attention, tables: Mapping[Rope, RopeTable], attend: Attend
 ) -> tuple[Float[Array, "T M"], Any]:
     """o(attend(rope(norm(q x)), rope(norm(k x)), v x)), and what `attend` says the layer's keys and values are now."""
-    q = linear(x, p["q"]).reshape(-1, a.heads, a.head_dim)
-    k = linear(x, p["k"]).reshape(-1, a.kv_heads, a.head_dim)
+    q, k = linear(x, p["q"]), linear(x, p["k"])
+    if a.qk_norm is not None and a.norm_all_heads:
+        q, k = normalize(q, p["q_norm"], a.qk_norm), normalize(k, p["k_norm"], a.qk_norm)
+    q, k = q.reshape(-1, a.heads, a.head_dim), k.reshape(-1, a.kv_heads, a.head_dim)
     v = linear(x, p["v"]).reshape(-1, a.kv_heads, a.head_dim)
-    if a.qk_norm is not None:
+    if a.qk_norm is not None and not a.norm_all_heads:
         q, k = normalize(q, p["q_norm"], a.qk_norm), normalize(k, p["k_norm"], a.qk_norm)
     if a.rope is not None:
         q, k = rotate(q, tables[a.rope], a.rope), rotate(k, tables[a.rope], a.rope)

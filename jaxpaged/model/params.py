@@ -72,7 +72,8 @@ def _attention(a: Attention, dim: int) -> dict[str, Any]:
         "o": _linear(q, dim, "heads", "embed", a.out_bias),
     }
     if a.qk_norm is not None:
-        tree |= {"q_norm": _norm(a.qk_norm, a.head_dim, None), "k_norm": _norm(a.qk_norm, a.head_dim, None)}
+        each = ((q, "heads"), (kv, "kv_heads")) if a.norm_all_heads else ((a.head_dim, None),) * 2
+        tree |= {name: _norm(a.qk_norm, *size) for name, size in zip(("q_norm", "k_norm"), each, strict=True)}
     return tree | ({"sinks": ParamSpec((a.heads,), ("heads",), "zeros")} if a.sinks else {})
 
 

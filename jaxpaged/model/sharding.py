@@ -181,10 +181,17 @@ class Placement:
     def fit(self, spec: Decoder) -> Decoder:
         """The spec of what the devices compute: `spec` with as many heads as they can share equally.
 
-        Raises ConfigError where ffn or vocabulary cannot be shared, or there are more stages than layers.
+        Raises ConfigError where ffn, vocabulary or heads with a common norm cannot be shared, or there are more stages
+        than layers.
         """
         make_stages(len(spec.blocks), self.num_shards("layers"))
         fitted = fit_heads(spec, self.num_shards("attention"))
+        for a, fit in zip((b.mixer for b in spec.blocks), (b.mixer for b in fitted.blocks), strict=True):
+            if a.norm_all_heads and fit != a:
+                raise ConfigError(
+                    f"{a.heads} query and {a.kv_heads} kv heads, which have one norm together, cannot be shared "
+                    f"equally by {self.num_shards('attention')} devices; take a number of devices that divides both"
+                )
         for path, leaf in flatten(param_specs(fitted)):
             self.partition(*leaf.axes)
             for size, logical in zip(leaf.shape, leaf.axes, strict=True):

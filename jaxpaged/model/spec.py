@@ -99,7 +99,8 @@ class Attention:
     """Softmax attention with grouped query heads.
 
     `scale` multiplies q.k; `softcap` bounds the scores by tanh; `window` counts the keys a query sees, itself
-    included; `sinks` adds one learned logit per head to the softmax's denominator.
+    included; `sinks` adds one learned logit per head to the softmax's denominator. `qk_norm` is over each head alone
+    or, with `norm_all_heads`, over all of q and all of k.
     """
 
     heads: int
@@ -108,6 +109,7 @@ class Attention:
     scale: float
     rope: Rope | None = None
     qk_norm: Norm | None = None
+    norm_all_heads: bool = False
     softcap: float | None = None
     window: int | None = None
     sinks: bool = False
