@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxpaged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
     from jaxpaged.server.async_engine import AsyncEngine
+    from jaxpaged.speculative_config import SpeculativeConfig
     from jaxpaged.structured_outputs import StructuredOutputsParams
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ShardingRules",
+    "SpeculativeConfig",
     "StructuredOutputsParams",
 ]
 
@@ -62,6 +64,7 @@ _HOMES = {
     "RequestOutput": "jaxpaged.outputs",
     "SamplingParams": "jaxpaged.sampling_params",
     "ShardingRules": "jaxpaged.model.sharding",
+    "SpeculativeConfig": "jaxpaged.speculative_config",
     "StructuredOutputsParams": "jaxpaged.structured_outputs",
 }
 """Where each name is found; the others are errors."""

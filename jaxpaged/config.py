@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from jaxpaged.errors import ConfigError
 from jaxpaged.settings import Settings
+from jaxpaged.speculative_config import SpeculativeConfig
 
 CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8", "fp8_e4m3"]
 AttentionBackend = Literal["auto", "reference", "triton", "mosaic"]
@@ -42,6 +44,7 @@ class EngineConfig(Settings):
     seed                          for requests that bring none
     cache_dtype                   of the pool; auto: the weights' dtype; fp8 is fp8_e4m3
     attention_backend             auto: the kernels that fit the device, else plain jnp, which is "reference"
+    speculative_config            guess tokens ahead and check several in one step: a SpeculativeConfig, or its fields
     batch_invariant               a token's logprob has the same bits in any batch; slower (docs/training.md)
     warmup                        compile every bucket at the start rather than when it is first met
     compilation_cache_dir         where compiled steps are kept between runs; None: JAX's setting, else the user's cache
@@ -68,6 +71,7 @@ class EngineConfig(Settings):
     seed: int = 0
     cache_dtype: CacheDtype = "auto"
     attention_backend: AttentionBackend = "auto"
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None
     batch_invariant: bool = False
     warmup: bool = True
     compilation_cache_dir: str | Path | None = None
@@ -88,6 +92,13 @@ class EngineConfig(Settings):
                 self._check_int(name, low)
         self._check_bool("enable_prefix_caching")
         self._check_bool("batch_invariant")
+        if isinstance(self.speculative_config, Mapping):
+            self._set("speculative_config", SpeculativeConfig(**self.speculative_config))
+        if not isinstance(self.speculative_config, (SpeculativeConfig, type(None))):
+            raise ConfigError(
+                f"speculative_config is {self.speculative_config!r:.80}; give a SpeculativeConfig or its fields, "
+                'such as {"method": "ngram"}'
+            )
         self._check_bool("warmup")
 
         if self.host_cache_gb and not self.enable_prefix_caching:
@@ -103,6 +114,11 @@ class EngineConfig(Settings):
         if not isinstance(self.compilation_cache_dir, (str, Path, type(None))):
             raise ConfigError(f"compilation_cache_dir is {self.compilation_cache_dir!r}; it must be a path")
         self._check_pool_holds_one_sequence()
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative_config` as it was checked."""
+        return cast(SpeculativeConfig | None, self.speculative_config)
 
     def _check_pool_holds_one_sequence(self) -> None:
         if self.num_pages is None or self.max_model_len is None:

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxpaged.config import EngineConfig
 from jaxpaged.engine import batch
+from jaxpaged.engine.drafts import Drafter, max_drafted_tokens
 from jaxpaged.engine.groups import Groups
 from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.page_pool import NULL_PAGE, PagePool
@@ -96,9 +98,10 @@ class Device:
             for at in queries:
                 self.pools[1, inputs.slots[at]] = attend(keys, int(inputs.positions[at]), self.window)
         hidden = dict.fromkeys(range(len(tokens)), 0)
+        wanted = set(inputs.logit_rows.tolist())
         for row, queries in self.queries(inputs):
             deep = self.read(1, inputs, row)
-            hidden[queries[-1]] = attend(deep, len(deep) - 1, self.window)
+            hidden |= {at: attend(deep, int(inputs.positions[at]), self.window) for at in wanted.intersection(queries)}
         rows = zip(inputs.logit_rows.tolist(), sampling.seeds.tolist(), sampling.positions.tolist(), strict=True)
         return np.asarray([choose(hidden[token], tuple(seed), position) for token, seed, position in rows])
 
@@ -136,6 +139,8 @@ class HashEngine:
         host_pages: int = 0,
         min_host_pages: int = 1,
         groups: int = 1,
+        drafts: str | None = None,
+        reads_first: bool = True,
         **limits: int | None,
     ) -> None:
         self.max_model_len = (num_pages - 1) * page_size
@@ -148,9 +153,12 @@ class HashEngine:
             max_num_chunks=max_chunks or batch.max_chunks(max_num_seqs),
             max_pages=num_pages - 1,
             window=window,
+            drafter=self._drafter(drafts, max_num_seqs, budget),
             **limits,
         )
-        self.buckets = batch.make_buckets(max_num_seqs, budget)
+        self.reads_first = reads_first  # as the engine does where there may be drafts; else who had one sits out
+        most = self.scheduler.drafter.max_tokens if self.scheduler.drafter else 0
+        self.buckets = batch.make_buckets(max_num_seqs, budget, max_drafted_tokens=most)
         self.device = Device(num_pages, page_size, long_after, window or FAR, host_pages)
         self.sequences: list[Sequence] = []
         self.groups = Groups(groups, page_size)
@@ -159,6 +167,26 @@ class HashEngine:
         self.stale: set[Sequence] = set()  # hold keys of old weights: what they say next is nobody's business
         self.num_operations = 0
         self._numbers = count()
+
+    def _drafter(self, kind: str | None, max_num_seqs: int, budget: int) -> Drafter | None:
+        """`ngram`, or an `oracle` that knows what comes but for the third token."""
+        if kind is None:
+            return None
+        method = self._foretell if kind == "oracle" else "ngram"
+        config = EngineConfig(
+            max_num_seqs=max_num_seqs,
+            speculative_config={"method": method, "num_speculative_tokens": 5, "prompt_lookup_min": 1},
+        )
+        return Drafter(config.speculative_config, VOCAB, max_drafted_tokens(config, budget))
+
+    def _foretell(self, token_ids: tuple[int, ...], count: int) -> list[int]:
+        known = list(token_ids)
+        sequence = next(s for s in self.unfinished if s.token_ids == known)
+        device = self.device
+        for _ in range(count):
+            known.append(next_token(tuple(known), sequence.seed, device.version, device.long_after, device.window))
+        guesses = known[len(token_ids) :]
+        return guesses[:2] + [(token + 1) % VOCAB for token in guesses[2:3]] + guesses[3:]
 
     # What callers do
 
@@ -225,6 +253,9 @@ class HashEngine:
 
     def step(self) -> Plan:
         self.num_operations += 1
+        if self.reads_first and self.scheduler.awaits_tokens:
+            self._read_all(self.in_flight)
+            self.in_flight = [None] * len(self.in_flight)
         running = [(s, s.num_computed_tokens, s.num_preemptions) for s in self.scheduler.running]
         plan = self.scheduler.schedule()
         # One preempted and admitted again just now has nothing from before; it may match what this step writes.
@@ -239,10 +270,13 @@ class HashEngine:
             None if part.is_empty else self._dispatch(part, before)
             for part, before in zip(parts, waited_for, strict=True)
         ]
-        for step in waited_for:
+        self._read_all(waited_for)
+        return plan
+
+    def _read_all(self, steps: list[InFlight | None]) -> None:
+        for step in steps:
             if step is not None:
                 self._read(step)
-        return plan
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
         """Step until then, or until all have finished. The first moves on in one step of two: there is a bound."""
@@ -272,23 +306,30 @@ class HashEngine:
         inputs = batch.pack(plan, bucket, feedback, max_pages=pages - 1, page_size=size, num_pages=pages)
         sampling = batch.pack_sampling(plan, bucket, VOCAB)
         tokens = self.device.step(inputs, sampling, before.tokens if before else np.zeros(1, np.int64))
-        return InFlight(list(batch.rows_of(plan, bucket)), tokens, self.device.version)
+        return InFlight(list(batch.first_rows(plan, bucket)), tokens, self.device.version)
 
     def _read(self, step: InFlight) -> None:
-        for row, (sequence, _, _, samples) in step.rows:
-            sequence.num_pending_tokens -= samples
-            if not samples or sequence.finished:
+        for row, chunk in step.rows:
+            sequence = chunk.sequence
+            sequence.num_pending_tokens -= chunk.samples
+            if not chunk.samples or sequence.finished:
                 continue
-            token = int(step.tokens[row])
-            if sequence not in self.stale:
-                device, known = self.device, tuple(sequence.token_ids)
-                assert token == next_token(known, sequence.seed, step.version, device.long_after, device.window)
-            if sequence.chosen_on_host:
-                self.choices[sequence] = token
-                sequence.awaits_choice = True
-                self._advance(sequence.request_id)
-            else:
-                self._take(sequence, token)
+            tokens = step.tokens[row:].tolist()
+            confirmed = self.scheduler.confirm(chunk, tokens) if chunk.draft else 0
+            for token in tokens[: 1 + confirmed]:
+                if not sequence.finished:
+                    self._read_token(step, sequence, token)
+
+    def _read_token(self, step: InFlight, sequence: Sequence, token: int) -> None:
+        if sequence not in self.stale:
+            device, known = self.device, tuple(sequence.token_ids)
+            assert token == next_token(known, sequence.seed, step.version, device.long_after, device.window)
+        if sequence.chosen_on_host:
+            self.choices[sequence] = token
+            sequence.awaits_choice = True
+            self._advance(sequence.request_id)
+        else:
+            self._take(sequence, token)
 
     def _advance(self, request_id: str) -> None:
         """Take the chosen tokens of a request once there is one for each of its sequences."""
@@ -310,7 +351,7 @@ class HashEngine:
     def check(self, plan: Plan, before: dict[Sequence, int]) -> None:
         scheduler = self.scheduler
         planned = [*plan.decodes, *plan.chunks]
-        assert sum(c.length for c in planned) <= scheduler.max_num_batched_tokens
+        assert sum(c.length for c in planned) + plan.num_drafted <= scheduler.max_num_batched_tokens
         assert len(plan.chunks) <= scheduler.max_num_chunks
         assert len(planned) + len(plan.forks) <= scheduler.max_num_seqs
         assert len(scheduler.running) <= scheduler.max_num_seqs
@@ -318,7 +359,7 @@ class HashEngine:
         assert all(1 < c.length <= scheduler.max_chunk_len for c in plan.chunks)
         sequences = [c.sequence for c in planned] + [f.sequence for f in plan.forks]
         assert len(set(sequences)) == len(sequences)
-        for sequence, start, length, samples in planned:
+        for sequence, start, length, samples, _ in planned:
             assert sequence in scheduler.running
             assert start + length == sequence.num_computed_tokens
             assert samples == (sequence.num_computed_tokens == sequence.num_tokens - samples)
@@ -349,7 +390,7 @@ class HashEngine:
         assert len(salts) == len(held), "a page shared in spite of a salt"
         for sequence in running:
             pages = sequence.pages
-            assert len(pages) == -(-sequence.num_computed_tokens // size)
+            assert len(pages) == -(-(sequence.num_computed_tokens + sequence.num_drafted) // size)
             np.testing.assert_array_equal(sequence.page_table, pages + [0] * (self.pool.num_pages - 1 - len(pages)))
             real = [page for page in pages if page != NULL_PAGE]
             assert len(set(real)) == len(real)
@@ -369,7 +410,8 @@ class HashEngine:
         for sequence in self.scheduler.running:
             kept = min(before.get(sequence, 0), starts.get(sequence, sequence.num_computed_tokens))
             owners |= {(sequence.pages[p // size], p % size): sequence for p in range(kept)}
-        for sequence, start, length, _ in planned:
+        for sequence, start, length, _, draft in planned:
+            length += len(draft)
             slots = {(sequence.pages[p // size], p % size) for p in range(start, start + length)}
             assert not slots & owners.keys(), "written over"
             assert all(page != NULL_PAGE for page, _ in slots)

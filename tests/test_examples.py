@@ -22,6 +22,7 @@ EXPECTED = {
     "quickstart": ["'The capital of France is' -> ", "chat: ", "drawn 1: ", "  1. ", "mean log probability"],
     "chat": ["> "],
     "structured": ["city: {'name': ", "blue: ", "time: "],
+    "speculative": ["one by one: ", "as before: ", " guesses came true", "  the same tokens"],
     "logits_processor": ["'Once upon a time' -> ", "'The weather today is' -> "],
     "custom_sampler": ["'Once upon a time' -> "],
     "batch": ["What is the colour of carrot? ", "32 requests, ", "prompt tokens came from the prefix cache"],

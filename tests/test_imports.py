@@ -19,6 +19,7 @@ WORDS = (
     "jaxpaged.logits_processor",
     "jaxpaged.structured_outputs",
     "jaxpaged.sampling_params",
+    "jaxpaged.speculative_config",
     "jaxpaged.outputs",
     "jaxpaged.config",
 )
@@ -39,6 +40,7 @@ WITHOUT_JAX = (
     "jaxpaged",
     "jaxpaged.engine.request",
     "jaxpaged.engine.page_pool",
+    "jaxpaged.engine.drafts",
     "jaxpaged.engine.scheduler",
     "jaxpaged.engine.tokenizer",
     "jaxpaged.engine.detokenizer",

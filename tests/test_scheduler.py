@@ -10,7 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from jaxpaged.engine.drafts import Drafter
 from jaxpaged.engine.scheduler import Chunk, Plan
+from jaxpaged.speculative_config import SpeculativeConfig
 
 
 def lengths(plan: Plan) -> list[int]:
@@ -398,6 +400,79 @@ def test_keys_of_old_weights_are_found_by_nobody(steps: int, recompute: bool) ->
     assert again.num_cached_tokens == (12 if recompute else 0)
 
 
+# Drafts
+
+
+def drafts_of(plan: Plan) -> list[int]:
+    return [len(chunk.draft) for chunk in plan.decodes]
+
+
+def test_a_draft_that_comes_true_saves_its_steps_and_changes_no_token() -> None:
+    plain, ahead = HashEngine(num_pages=30), HashEngine(num_pages=30, drafts="oracle")
+    want, got = plain.add([0, 1, 2], max_tokens=24), ahead.add([0, 1, 2], max_tokens=24)
+    plain.run()
+    ahead.run()
+    assert got.token_ids == want.token_ids
+    drafter = ahead.scheduler.drafter
+    assert drafter.num_accepted_tokens > 10
+    assert ahead.num_operations == plain.num_operations - drafter.num_accepted_tokens
+
+
+def test_a_draft_that_does_not_come_true_gives_its_pages_back() -> None:
+    engine = HashEngine(page_size=1, drafts="oracle")
+    sequence = engine.add([0, 1, 2], max_tokens=12)
+    plans = [engine.step() for _ in range(4)]
+    assert [drafts_of(plan) for plan in plans] == [[], [2], [4], [2]]  # the third guess of each draft is wrong
+    assert len(sequence.pages) == sequence.num_computed_tokens + 2
+    assert sequence.num_output_tokens == 1 + 3 + 3
+
+
+def test_drafts_end_before_the_last_token_and_where_pages_end() -> None:
+    engine = HashEngine(num_pages=5, page_size=2, drafts="oracle")
+    engine.add([0, 1, 2], max_tokens=3)
+    assert [drafts_of(engine.step()) for _ in range(2)] == [[], [1]]
+    engine.run()
+    engine.add([0, 1], max_tokens=6)
+    engine.add([1, 1], max_tokens=2)
+    assert [drafts_of(engine.step()) for _ in range(2)] == [[], [1, 0]]
+    assert engine.pool.num_available == engine.scheduler.num_preemptions == 0
+    engine.run()
+
+
+def test_nobody_gets_a_draft_beside_a_prompt_or_a_fork_nor_whose_logits_the_host_changes() -> None:
+    engine = HashEngine(drafts="oracle")
+    engine.add([0, 1])
+    engine.step()
+    engine.add([1, 1, 2])
+    assert drafts_of(engine.step()) == [0]
+    assert drafts_of(engine.step()) == [1, 2]
+    engine.run()
+    engine.add([0, 1], repetition_penalty=1.1)
+    engine.add([2, 1], max_tokens=8, min_tokens=3)
+    assert [drafts_of(engine.step()) for _ in range(4)] == [[], [0, 0], [0, 0], [0, 2]]
+
+
+def test_whose_drafts_fail_pauses_for_longer_each_time() -> None:
+    engine = HashEngine(num_pages=30, drafts="oracle")
+    engine.scheduler.drafter = Drafter(
+        SpeculativeConfig(method=lambda tokens, count: [(engine._foretell(tokens, 1)[0] + 1) % VOCAB]), VOCAB, 64
+    )
+    engine.add([0, 1], max_tokens=20)
+    engine.step()
+    assert [sum(drafts_of(engine.step())) for _ in range(13)] == [1, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+
+
+def test_a_draft_function_that_fails_or_guesses_no_tokens_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    for method in (lambda tokens, count: [VOCAB, 0], lambda tokens, count: [-1], lambda tokens, count: 1 / 0):
+        engine = HashEngine()
+        engine.scheduler.drafter = Drafter(SpeculativeConfig(method=method), VOCAB, 64)
+        sequence = engine.add([0, 1])
+        engine.run()
+        assert sequence.finish_reason == "length"
+        assert engine.scheduler.drafter.num_drafts == 0
+    assert "the draft function failed for request '0'" in caplog.text
+
+
 # Any order of events
 
 
@@ -418,10 +493,15 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_partial_prefills=st.sampled_from([None, None, 1]),
         host_pages=st.sampled_from([0, 0, 1, 3, 8, 99]),
         min_host_pages=st.sampled_from([1, 1, 3]),
-        groups=st.sampled_from([1, 1, 2, 3]),
+        groups_or_drafts=st.sampled_from([1, 2, 3, "ngram", "oracle"]),
+        reads_first=st.sampled_from([True, True, False]),
     )
-    def start(self, pool: tuple[int, int], max_num_seqs: int, max_chunks: int, **limits: int) -> None:
-        self.engine = HashEngine(*pool, max_num_seqs, max_chunks=min(max_chunks, max_num_seqs), **limits)
+    def start(
+        self, pool: tuple[int, int], max_num_seqs: int, max_chunks: int, groups_or_drafts: int | str, **limits: int
+    ) -> None:
+        name = "drafts" if isinstance(groups_or_drafts, str) else "groups"
+        limits |= {"max_chunks": min(max_chunks, max_num_seqs), name: groups_or_drafts}
+        self.engine = HashEngine(*pool, max_num_seqs, **limits)
 
     @rule(
         data=st.data(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import re
 import types
@@ -17,6 +18,7 @@ from jaxpaged.config import PARALLEL_SIZES, EngineConfig
 from jaxpaged.errors import ConfigError
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.settings import Settings
+from jaxpaged.speculative_config import SpeculativeConfig
 
 ALIASES = {
     "memory_utilization": "--gpu-memory-utilization",
@@ -26,6 +28,7 @@ ALIASES = {
     "tensor_parallel_size": "-tp",
     "data_parallel_size": "-dp",
     "pipeline_parallel_size": "-pp",
+    "speculative_config": "-sc",
 }
 """What vLLM calls the same flag."""
 
@@ -43,7 +46,6 @@ INSTEAD = {
     "--quantization": "weights are dequantised as they are loaded; leave it out",
     "--load-format": "the format is told by the files; leave it out",
     "--enable-lora": "adapters are not served; merge them into the checkpoint",
-    "--speculative-config": "speculative decoding is not served; leave it out",
     "--root-path": "it is served below any path; have the proxy take the path off",
 }
 """vLLM's flags that people bring along, and what to do without them."""
@@ -158,11 +160,25 @@ def _kind(hint: Any) -> dict[str, Any]:
             (element,) = typing.get_args(option)
             return {"action": "append", "type": element, "metavar": element.__name__.upper()}
     (kind, *_) = options
+    if kind is SpeculativeConfig:
+        return {"type": _speculative, "metavar": "JSON"}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
     return {"type": whole if kind is int else kind, "metavar": {int: "INT", float: "FLOAT"}.get(kind, "TEXT")}
+
+
+def _speculative(text: str) -> SpeculativeConfig:
+    """The settings that a JSON object names."""
+    try:
+        given = json.loads(text)
+        if not isinstance(given, dict):
+            raise ValueError("it must be an object")
+        return SpeculativeConfig(**given)
+    except (ValueError, ConfigError) as error:
+        example = '{"method": "ngram", "num_speculative_tokens": 8}'
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: {error}; such as {example}") from None
 
 
 def whole(text: str) -> int:

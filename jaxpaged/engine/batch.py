@@ -22,11 +22,14 @@ _CHUNKS = 16
 
 
 class Bucket(NamedTuple):
-    """A padded shape of a step that has been compiled: decode rows, chunk tokens, chunks."""
+    """A padded shape of a step that has been compiled: decode rows, chunk tokens, chunks. Where there are drafts, all
+    that decode are chunks, and every token has a row of logits: `num_drafts` more than there are chunks.
+    """
 
     num_decodes: int
     num_chunk_tokens: int
     num_chunks: int
+    num_drafts: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -34,9 +37,14 @@ class Bucket(NamedTuple):
         return self.num_decodes + self.num_chunk_tokens
 
     @property
-    def num_rows(self) -> int:
-        """Rows of logits, one for each sequence."""
+    def num_seqs(self) -> int:
+        """Rows of the page table."""
         return self.num_decodes + self.num_chunks
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits: one for each sequence, and for each token of a draft."""
+        return self.num_seqs + self.num_drafts
 
 
 class PromptPiece(NamedTuple):
@@ -61,6 +69,7 @@ def make_buckets(
     fewest_decodes: int = 1,
     num_shards: int = 1,
     multiple: int = 1,
+    max_drafted_tokens: int = 0,
 ) -> list[Bucket]:
     """The shapes worth compiling, smallest first: few, because each takes seconds to compile.
 
@@ -68,7 +77,7 @@ def make_buckets(
     requests of mixed lengths took 5 % longer on a CPU); steps with chunks have either no decode row or all of them, and
     64, 192, 512, ... chunk tokens. None that only decodes has fewer rows than `fewest_decodes`. All data shards take
     one bucket: of `num_shards`, one may decode while another computes a chunk. All tokens of a step with chunks are a
-    multiple of `multiple`.
+    multiple of `multiple`. Steps with drafts have 4, 8, 16, ... up to `max_drafted_tokens` tokens.
     """
     rows = {n for n in (1, 4, 16, 24, 32, 48, 64, 128, 256, 512, 1024) if n < max_num_seqs} | {max_num_seqs}
     rows = {max(n, fewest_decodes) for n in rows}
@@ -81,20 +90,46 @@ def make_buckets(
         mixed += [Bucket(n, size + -(n + size) % multiple, chunks) for n in (0, max_num_seqs)]
     if max_num_seqs == num_shards == 1:
         mixed = [b for b in mixed if b.num_decodes == 0]
-    return sorted(decode + mixed, key=lambda b: b.num_tokens)
+    tokens = {n for n in (4, 8, 16, 32, 64, 128, 256, 512) if n < max_drafted_tokens} | {max_drafted_tokens} - {0}
+    seqs = {n: min(n - 1, max_num_seqs) for n in tokens}
+    drafted = [Bucket(0, n, count, n - count) for n, count in seqs.items()]
+    return sorted(decode + mixed + drafted, key=lambda b: b.num_tokens)
 
 
 def choose(plans: Sequence[Plan], buckets: Sequence[Bucket]) -> Bucket:
     """The smallest bucket that holds each of the plans, forks in rows of decodes. The scheduler's limits leave one."""
+    if num_drafted := sum(plan.num_drafted for plan in plans):
+        (plan,) = plans
+        count = len(plan.decodes)
+        drafted = (b for b in buckets if b.num_drafts)
+        return next(b for b in drafted if b.num_chunks >= count and b.num_chunk_tokens >= count + num_drafted)
     decodes = max(len(plan.decodes) + len(plan.forks) for plan in plans)
     tokens, chunks = max(plan.num_chunk_tokens for plan in plans), max(len(plan.chunks) for plan in plans)
     return next(
-        b for b in buckets if b.num_decodes >= decodes and b.num_chunk_tokens >= tokens and b.num_chunks >= chunks
+        b
+        for b in buckets
+        if b.num_decodes >= decodes and b.num_chunk_tokens >= tokens and b.num_chunks >= chunks and not b.num_drafts
     )
 
 
 def rows_of(plan: Plan, bucket: Bucket) -> Iterator[tuple[int, Chunk]]:
-    """(row of logits, chunk) for all that is planned; a fork's row says what its parent's does, of the fork."""
+    """(row of logits, chunk) for every row; in that of a draft's token, the token is the chunk."""
+    for row, chunk in first_rows(plan, bucket):
+        yield row, chunk
+        for index in range(1, len(chunk.draft) + 1):
+            yield row + index, Chunk(chunk.sequence, chunk.start + index, 1, True)
+
+
+def first_rows(plan: Plan, bucket: Bucket) -> Iterator[tuple[int, Chunk]]:
+    """(row of logits, chunk) for all that is planned; a fork's row says what its parent's does, of the fork. The rows
+    of a draft follow its chunk's.
+    """
+    if bucket.num_drafts:
+        row = 0
+        for chunk in plan.decodes:
+            yield row, chunk
+            row += 1 + len(chunk.draft)
+        return
     yield from enumerate(plan.decodes)
     yield from enumerate((c._replace(sequence=s) for s, c in plan.forks), len(plan.decodes))
     yield from enumerate(plan.chunks, bucket.num_decodes)
@@ -102,6 +137,9 @@ def rows_of(plan: Plan, bucket: Bucket) -> Iterator[tuple[int, Chunk]]:
 
 def tokens_of(plan: Plan, bucket: Bucket) -> Iterator[tuple[int, int, Chunk]]:
     """(row of logits, first token among the step's, chunk) for all that is computed."""
+    if bucket.num_drafts:
+        yield from ((row, row, chunk) for row, chunk in first_rows(plan, bucket))
+        return
     at = bucket.num_decodes
     for row, chunk in enumerate(plan.decodes):
         yield row, row, chunk
@@ -120,15 +158,18 @@ def pack(
     positions = _full(tokens, 0)
     rope_lens = _full(tokens, 1)
     slots = _full(tokens, num_pages * page_size)  # past the pool: dropped
-    page_table = _full((bucket.num_rows, max_pages), 0)
-    kv_lens = _full(bucket.num_rows, 0)
+    page_table = _full((bucket.num_seqs, max_pages), 0)
+    kv_lens = _full(bucket.num_seqs, 0)
     cu_q_lens = _full(bucket.num_chunks + 1, 0)
     logit_rows = _full(bucket.num_rows, 0)
-    logit_rows[:decodes] = np.arange(decodes)
+    each_row = bucket.num_rows if bucket.num_drafts else decodes
+    logit_rows[:each_row] = np.arange(each_row)
 
-    count = len(plan.decodes)
+    # Where there are drafts, all that decode are chunks.
+    alone, chunks = ([], plan.decodes) if bucket.num_drafts else (plan.decodes, plan.chunks)
+    count = len(alone)
     if count:  # column by column: numpy is slow at single numbers
-        known = [(c.sequence, c.start, c.start < len(c.sequence.token_ids)) for c in plan.decodes]
+        known = [(c.sequence, c.start, c.start < len(c.sequence.token_ids)) for c in alone]
         token_ids[:count] = [s.token_ids[start] if is_known else 0 for s, start, is_known in known]
         source[:count] = [-1 if is_known else feedback[s] for s, _, is_known in known]
         positions[:count] = where = np.asarray([start for _, start, _ in known], np.int32)
@@ -138,18 +179,23 @@ def pack(
         slots[:count] = page_table[np.arange(count), where // page_size] * page_size + where % page_size
 
     at = decodes
-    for index, (sequence, start, length, _) in enumerate(plan.chunks):
+    for index, (sequence, start, length, _, draft) in enumerate(chunks):
         row = decodes + index
+        tokens_of_chunk = [*sequence.token_ids[start : start + length], *draft]
+        if not tokens_of_chunk:
+            source[at], tokens_of_chunk = feedback[sequence], [0]
+        length = len(tokens_of_chunk)
         page_table[row] = sequence.page_table
         kv_lens[row] = start + length
         where = np.arange(start, start + length, dtype=np.int32)
         positions[at : at + length] = where
         rope_lens[at : at + length] = np.maximum(sequence.rope_len, where + 1)
         slots[at : at + length] = sequence.page_table[where // page_size] * page_size + where % page_size
-        token_ids[at : at + length] = sequence.token_ids[start : start + length]
+        token_ids[at : at + length] = tokens_of_chunk
         at += length
         cu_q_lens[index + 1 :] = at - decodes
-        logit_rows[row] = at - 1
+        if not bucket.num_drafts:
+            logit_rows[row] = at - 1
     if plan.forks:
         wanted = {id(chunk): logit_rows[row] for row, chunk in enumerate(plan.decodes)}
         wanted |= {id(chunk): logit_rows[row] for row, chunk in enumerate(plan.chunks, decodes)}
@@ -187,7 +233,7 @@ def pack_sampling(plan: Plan, bucket: Bucket, vocab_size: int) -> SamplingInputs
     seeds = _full((rows, 2), 0, np.uint32)
     positions = _full(rows, 0)
     drawn, where, follows = [], [], []  # what is not greedy, written at once: numpy is slow at single numbers
-    for row, (sequence, start, length, samples) in rows_of(plan, bucket):
+    for row, (sequence, start, length, samples, _) in rows_of(plan, bucket):
         if not samples:
             continue
         if sequence.draw is not None:
@@ -217,7 +263,7 @@ def pack_score_temperature(plan: Plan, bucket: Bucket) -> np.ndarray | None:
 
 def prompt_pieces(plan: Plan, bucket: Bucket) -> Iterator[PromptPiece]:
     """What is to be computed of prompt logprobs: the tokens that follow the plan's, where a request wants theirs."""
-    for _, first, (sequence, start, length, _) in tokens_of(plan, bucket):
+    for _, first, (sequence, start, length, *_) in tokens_of(plan, bucket):
         if sequence.params.prompt_logprobs is None:
             continue
         end = min(start + length, sequence.prompt_len - 1)

@@ -1,7 +1,8 @@
 """The engine: requests in, a step at a time, outputs out. Owns requests and their text; the rest has owners of its own.
 
 `step` is schedule, dispatch, read, update. A step is dispatched before the one before it is read, so the host works on
-step n while the device computes step n + 1; outputs therefore come one step late.
+step n while the device computes step n + 1; outputs therefore come one step late. Where tokens are guessed ahead, which
+takes those before, a step is read before the next is planned.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Engine:
         self._requests: dict[str, Tracked] = {}
         self._groups = [Groups(self.runner.num_stages, self.config.page_size) for _ in self.shards]
         self._in_flight: list[InFlight | None] = [None] * self.runner.num_stages
-        self._undelivered: list[RequestOutput] = []  # for whoever calls `step` next
+        self._undelivered: list[RequestOutput] = []  # for whoever calls `step` next, or does now
         self._scored = count()
         self._prompt_tokens = self._generation_tokens = self._num_steps = 0
         self._slots_held = self._slots_wasted = 0
@@ -212,6 +213,9 @@ class Engine:
         """Schedule and dispatch a step, then read the one before it: the outputs of requests that moved on."""
         if self.is_sleeping:
             raise AsleepError("the engine sleeps and has no page pool; call wake_up() before step()")
+        if self.shards.await_tokens:
+            self._undelivered += self._read(self._in_flight)
+            self._in_flight = [None] * self.runner.num_stages
         plans = self.shards.schedule()
         before = self._in_flight
         self._in_flight = self._dispatch(plans, before)
@@ -321,6 +325,9 @@ class Engine:
             host_pages_moved_out=self._host.num_moved_out,
             host_pages_moved_in=self._host.num_moved_in,
             host_cache_hits=total(lambda s: s.scheduler.host_cache_hits),
+            num_drafts=total(lambda s: s.scheduler.drafter.num_drafts if s.scheduler.drafter else 0),
+            num_drafted_tokens=total(lambda s: s.scheduler.drafter.num_drafted_tokens if s.scheduler.drafter else 0),
+            num_accepted_tokens=total(lambda s: s.scheduler.drafter.num_accepted_tokens if s.scheduler.drafter else 0),
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             num_steps=self._num_steps,
@@ -357,50 +364,57 @@ class Engine:
     def _update(self, step: InFlight) -> list[RequestOutput]:
         """Take what a finished step sampled."""
         now = time.monotonic()
-        outputs = step.outputs
-        tokens, healthy = outputs.tokens.tolist(), outputs.healthy.tolist()
+        tokens, healthy = step.outputs.tokens.tolist(), step.outputs.healthy.tolist()
         moved: dict[str, Tracked] = {}
         for part in step.prompt_parts:
             if (tracked := self._requests.get(part.sequence.request_id)) is not None:
                 take_prompt_logprobs(tracked, part, self.tokenizer)
         step.embedded.take()
-        for row, (sequence, _, _, samples) in step.rows:
+        for row, chunk in step.rows:
+            sequence = chunk.sequence
             tracked = self._requests.get(sequence.request_id)
             if tracked is not None and tracked.request.metrics.first_scheduled_time is None:
                 tracked.request.metrics.first_scheduled_time = now
-            if not samples:
+            if not chunk.samples:
                 continue
             sequence.num_pending_tokens -= 1
             if sequence.finished or tracked is None:
                 continue  # stopped or aborted while this step was under way
             moved[sequence.request_id] = tracked
-            if not healthy[row]:
-                reason = "the logits are not finite" if sequence.matcher is None else _NO_TOKEN
-                self._finish_all(tracked, "error", reason, sequence)
-                continue
-            sequence.weight_versions.append(step.param_version)
-            try:
-                if sequence.pooling is not None:
-                    self._finish(tracked, sequence, "stop", None)
-                elif tracked.beams is not None:
-                    self._take_candidates(tracked.beams, sequence, outputs.logprobs, row)
-                else:
-                    self._take_token(tracked, sequence, tokens[row], outputs.logprobs, row)
-            except GrammarError as error:
-                self._finish_all(tracked, "error", str(error), sequence)
-                continue
-            except Exception as error:  # a defect that this request meets is no reason to end the others
-                log.exception("request %r failed and ends; please report this", sequence.request_id)
-                self._finish_all(tracked, "error", f"{type(error).__name__}: {error}", sequence)
-                continue
-            metrics = tracked.request.metrics
-            metrics.first_token_time = metrics.first_token_time or now
-            metrics.last_token_time = now
+            confirmed = tracked.shard.scheduler.confirm(chunk, tokens[row:]) if chunk.draft else 0
+            for at in range(row, row + 1 + confirmed):
+                if not sequence.finished:
+                    self._take_row(tracked, sequence, step, at, tokens[at], healthy[at], now)
         for tracked in moved.values():
             if tracked.beams is not None and not tracked.request.finished and tracked.beams.is_ready:
                 tracked.beams.advance(tracked.shard.scheduler)
         reported = (self._report(tracked, now) for tracked in moved.values() if self._is_due(tracked))
         return list(reported)
+
+    def _take_row(
+        self, tracked: Tracked, sequence: Sequence, step: InFlight, row: int, token: int, is_healthy: bool, now: float
+    ) -> None:
+        """Take what a row says of a sequence's next token."""
+        if not is_healthy:
+            reason = "the logits are not finite" if sequence.matcher is None else _NO_TOKEN
+            return self._finish_all(tracked, "error", reason, sequence)
+        sequence.weight_versions.append(step.param_version)
+        logprobs = step.outputs.logprobs
+        try:
+            if sequence.pooling is not None:
+                self._finish(tracked, sequence, "stop", None)
+            elif tracked.beams is not None:
+                self._take_candidates(tracked.beams, sequence, logprobs, row)
+            else:
+                self._take_token(tracked, sequence, token, logprobs, row)
+        except GrammarError as error:
+            return self._finish_all(tracked, "error", str(error), sequence)
+        except Exception as error:  # a defect that this request meets is no reason to end the others
+            log.exception("request %r failed and ends; please report this", sequence.request_id)
+            return self._finish_all(tracked, "error", f"{type(error).__name__}: {error}", sequence)
+        metrics = tracked.request.metrics
+        metrics.first_token_time = metrics.first_token_time or now
+        metrics.last_token_time = now
 
     def _take_token(self, tracked: Tracked, sequence: Sequence, token: int, logprobs: Logprobs, row: int) -> None:
         """Append a sampled token and see whether it ends the sequence."""

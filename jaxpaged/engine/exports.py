@@ -96,6 +96,8 @@ def write(
     for name in PARALLEL_SIZES:
         if (size := getattr(config, name)) != 1:
             raise ConfigError(f"{name} is {size:,}; exports are for one device, set 1")
+    if config.speculation is not None and config.speculation.method != "ngram":
+        raise ConfigError("speculative_config.method is a function, which cannot be written down; export with ngram")
     _register()
     params = map_specs(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), spec)
     count = 0
@@ -114,6 +116,8 @@ def write(
                 job()
         count += len(list(steps.iterdir()))
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if config.speculation is not None:
+        settings["speculative_config"] = dataclasses.asdict(config.speculation)
     manifest = {
         "format": FORMAT,
         "jax": jax.__version__,
@@ -157,9 +161,9 @@ def read(folder: str | Path, **settings: Any) -> Export:
             f"{folder} was exported for a {devices[platform]['name']} (compute capability "
             f"{devices[platform]['capability']}), this is a {device.name} ({device.capability}); {again} for it"
         )
-    asked = EngineConfig(**(given | settings))  # an unknown name is told by EngineConfig
+    exported, asked = EngineConfig(**given), EngineConfig(**(given | settings))  # which tells of unknown names
     for name in settings.keys() - _FREE:
-        if getattr(asked, name) != given[name]:
+        if getattr(asked, name) != getattr(exported, name):
             raise ConfigError(
                 f"{name} is {getattr(asked, name)!r} but {folder} was compiled for {given[name]!r}; leave it out, or "
                 f"{again}"

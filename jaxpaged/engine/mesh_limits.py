@@ -29,6 +29,11 @@ def check_mesh(placement: Placement, config: EngineConfig) -> None:
                 f"host_cache_gb is {config.host_cache_gb:g} {many}, whose pages the host does not keep yet; set it to "
                 "0, or take 1"
             )
+    if config.speculative_config is not None:
+        sizes = ("data", "data_parallel_size"), ("sequence", "prefill_context_parallel_size")
+        for logical, size in (*sizes, ("layers", "pipeline_parallel_size")):
+            if (count := placement.num_shards(logical)) > 1:
+                raise ConfigError(f"speculative_config does not work with {size} {count} yet; leave it out, or take 1")
     if config.batch_invariant:
         _check_invariant(placement, num_processes)
 

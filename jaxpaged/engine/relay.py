@@ -38,6 +38,10 @@ END, RELEASE, CALL, SLEEP, WAKE, UPDATE = range(6)
 FOLLOWS, AGREES, REFUSES = range(3)
 """What a process answers."""
 
+_SIZES = 4  # of a function at most: a bucket's
+_NO_SIZES = [0] * _SIZES
+_HEADER = 3 + _SIZES  # kind, number, sizes, how many arrays are dropped
+
 Words = np.ndarray[Any, np.dtype[np.int32]]
 
 
@@ -114,7 +118,7 @@ class Relay:
         numbers = [self._numbers.get(id(leaf), -1) if isinstance(leaf, jax.Array) else -1 for leaf in leaves]
         shapes = jax.tree.leaves(function.shapes)
         data = [_words(x, s.dtype) for x, s, n in zip(leaves, shapes, numbers, strict=True) if n < 0]
-        sizes = (*function.sizes, *[0] * (3 - len(function.sizes)))
+        sizes = (*function.sizes, *[0] * (_SIZES - len(function.sizes)))
         self._tell(CALL, [function.number, *sizes], numbers, data)
         with self.guard():
             result = self.done(function.compiled(*args))
@@ -127,7 +131,7 @@ class Relay:
 
     def tell(self, kind: int, number: int = 0) -> None:
         """Have the followers do this, those that `follow` and those that do the same call."""
-        answers = self._tell(kind, [number, 0, 0, 0], [], [])
+        answers = self._tell(kind, [number, *_NO_SIZES], [], [])
         self._is_released = FOLLOWS not in answers()
 
     def agree(self, problem: str | None, follow: Callable[[int, int], Words | None]) -> None:
@@ -136,7 +140,7 @@ class Relay:
         `follow(until, answer)` is how a follower waits for the leader.
         """
         mine = AGREES if problem is None else REFUSES
-        answers = self._tell(UPDATE, [0] * 4, [], [], mine)() if self.is_leader else follow(UPDATE, mine)
+        answers = self._tell(UPDATE, [0, *_NO_SIZES], [], [], mine)() if self.is_leader else follow(UPDATE, mine)
         self._is_released = answers is not None and FOLLOWS not in answers
         if answers is None:
             raise ConfigError("process 0 has ended and gives no new weights any more; start all processes anew")
@@ -153,14 +157,14 @@ class Relay:
     def release(self) -> None:
         """Let the followers return from `follow`, which they call again before the leader calls anything."""
         if not self._is_released:
-            self._tell(RELEASE, [0] * 4, [], [])
+            self._tell(RELEASE, [0, *_NO_SIZES], [], [])
             self._is_released = True
 
     def end(self) -> None:
         """Let the followers return from `follow` for good; the leader calls nothing afterwards."""
         if self.is_leader:
             atexit.unregister(self._leave)
-            self._tell(END, [0] * 4, [], [])
+            self._tell(END, [0, *_NO_SIZES], [], [])
 
     def follow(
         self,
@@ -175,8 +179,8 @@ class Relay:
         """
         while True:
             message, answers = self._hear(answer)
-            kind, number, *sizes, num_dropped = message[:6].tolist()
-            dropped, rest = message[6 : 6 + num_dropped], message[6 + num_dropped :]
+            kind, number, *sizes, num_dropped = message[:_HEADER].tolist()
+            dropped, rest = message[_HEADER : _HEADER + num_dropped], message[_HEADER + num_dropped :]
             for each in dropped.tolist():
                 del self._made[each]
             if kind == CALL:

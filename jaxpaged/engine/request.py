@@ -61,8 +61,11 @@ class Sequence:
     pooling: Pooling | None = None  # wanted is an embedding, and no token
     hidden_sum: np.ndarray | None = None  # float32 [M], over the tokens computed and read so far that `pooling` takes
     matcher: Matcher | None = None  # of the form that the answer must have, after the known tokens
+    num_drafted: int = 0  # tokens that a dispatched step computes on trial, behind the computed ones
+    draft_state: Any = None  # see engine/drafts.py
 
     draw: np.ndarray | None = field(init=False, default=None)  # temperature, top_k, top_p, min_p, seed; None: greedy
+    may_draft: bool = field(init=False, default=False)  # whether each next token depends on the tokens before it alone
     _needs_history: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class Sequence:
         self.rope_len = self.rope_len or self.prompt_len
         params = self.params
         self._needs_history = needs_history(params)
+        by_others = self._needs_history or self.chosen_on_host or params.processor is not None
+        self.may_draft = not by_others and self.pooling is None
         if not params.greedy:
             self.draw = np.array([params.temperature, params.top_k, params.top_p, params.min_p, *self.seed])
 
@@ -107,13 +112,13 @@ class Sequence:
     def awaits_tokens(self) -> bool:
         """True while nothing may be scheduled before pending tokens are read.
 
-        They are the last ones it may have, or the next token's logits depend on them through the host, or with them
-        the sequence outgrows its ropes and all of it is computed anew.
+        They are the last ones it may have, or the next token's logits depend on them through the host, or they tell
+        what becomes of its draft, or with them the sequence outgrows its ropes and all of it is computed anew.
         """
         if self.num_pending_tokens == 0:
             return False
         is_full = len(self.token_ids) + self.num_pending_tokens - self.prompt_len >= self.max_tokens
-        return is_full or self._needs_history or self.chosen_on_host or self.outgrows_ropes
+        return is_full or self._needs_history or self.chosen_on_host or self.num_drafted > 0 or self.outgrows_ropes
 
     @property
     def is_computed_whole(self) -> bool:
@@ -150,6 +155,8 @@ class Sequence:
             weight_versions=list(self.weight_versions),
             processor_states=dict(self.processor_states),
             matcher=None if self.matcher is None else self.matcher.copy(),
+            num_drafted=0,
+            draft_state=None,
         )
 
 

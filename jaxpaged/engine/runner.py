@@ -26,6 +26,7 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.engine import batch
 from jaxpaged.engine.batch import Bucket
 from jaxpaged.engine.compilation import Build, Compiler, traced, use_compilation_cache
+from jaxpaged.engine.drafts import max_drafted_tokens
 from jaxpaged.engine.embedding import Embedded, pack_embedded
 from jaxpaged.engine.host_pages import HostPages, pages_worth_moving
 from jaxpaged.engine.logit_edits import RowEdits, row_edits
@@ -82,7 +83,7 @@ class InFlight(NamedTuple):
     """A dispatched step: what was planned, and its results, perhaps still being computed."""
 
     num_rows: int  # of each data shard
-    rows: list[tuple[int, Chunk]]  # counted over all shards
+    rows: list[tuple[int, Chunk]]  # counted over all shards; those of a draft follow its chunk's
     outputs: StepOutputs
     prompt_parts: list[PromptPart]
     embedded: Embedded
@@ -145,6 +146,7 @@ class Runner:
             fewest_decodes=fewest,
             num_shards=self.num_shards,
             multiple=1 if placement is None else placement.num_shards("sequence"),
+            max_drafted_tokens=max_drafted_tokens(config, self.max_num_batched_tokens),
         )
         self.max_num_chunks = batch.max_chunks(config.max_num_seqs)
         self._compiler = Compiler()
@@ -274,7 +276,7 @@ class Runner:
         rows = [
             (shard * bucket.num_rows + row, chunk)
             for shard, plan in enumerate(plans)
-            for row, chunk in batch.rows_of(plan, bucket)
+            for row, chunk in batch.first_rows(plan, bucket)
         ]
         fed_rows = {c.sequence: row % before.num_rows for row, c in before.rows if c.samples} if before else {}
         sizes = {"max_pages": self.max_pages, "page_size": self.cache.page_size, "num_pages": self.num_pages}

@@ -15,11 +15,13 @@ writes to a page that others hold takes a copy first, and the last holder writes
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence as Seq
 from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxpaged.engine.drafts import Drafter
 from jaxpaged.engine.host_tier import Move
 from jaxpaged.engine.page_pool import NULL_PAGE, ON_HOST, PagePool
 from jaxpaged.engine.request import Sequence
@@ -32,12 +34,15 @@ _order = attrgetter("order")
 
 
 class Chunk(NamedTuple):
-    """`length` tokens of a sequence from position `start`; `samples` where the last of them asks for the next token."""
+    """`length` tokens of a sequence from position `start`; `samples` where the last of them asks for the next token.
+    Behind a decode there may be a draft, each of whose tokens asks for the one after it.
+    """
 
     sequence: Sequence
     start: int
     length: int
     samples: bool
+    draft: tuple[int, ...] = ()
 
 
 class Fork(NamedTuple):
@@ -76,6 +81,11 @@ class Plan(NamedTuple):
         """Tokens of the chunks together."""
         return sum(c.length for c in self.chunks)
 
+    @property
+    def num_drafted(self) -> int:
+        """Tokens of the drafts together."""
+        return sum(len(c.draft) for c in self.decodes)
+
 
 class Scheduler:
     """Continuous batching: who comes first is served first."""
@@ -91,12 +101,13 @@ class Scheduler:
         long_prefill_token_threshold: int | None = None,
         max_num_partial_prefills: int | None = None,
         window: int | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """Limits of one step: sequences, tokens, chunks. `max_pages` is the width of a page table.
 
         A chunk has at most `long_prefill_token_threshold` tokens, and at most `max_num_partial_prefills` sequences are
         under way whose prompts need another step. `window` is the most keys that any layer's query sees, None where
-        a layer sees all: pages that have fallen out of it are given back.
+        a layer sees all: pages that have fallen out of it are given back. The `drafter` guesses ahead.
         """
         self.pool = pool
         self.max_num_seqs = max_num_seqs
@@ -106,6 +117,7 @@ class Scheduler:
         self.max_chunk_len = long_prefill_token_threshold or max_num_batched_tokens
         self.max_num_partial_prefills = max_num_partial_prefills
         self.window = window
+        self.drafter = drafter
         self.waiting: list[Sequence] = []  # the next to be admitted first
         self.running: list[Sequence] = []  # the first to be served first, the last to be preempted last
         self.num_arrivals = 0
@@ -166,12 +178,40 @@ class Scheduler:
         while plan.is_empty and self._is_stalled():
             self._preempt(self.running[-1])
             self._admit(plan, budget)
+        if self.drafter is not None and not plan.chunks and not plan.forks:
+            self._draft(plan, self.drafter)
         if (
             self.pool.host is not None and not plan.is_empty
         ):  # who takes pages computes something: an empty one has none
             for moves, planned in zip((plan.moves_out, plan.moves_in), self.pool.host.take_moves(), strict=True):
                 moves += planned
         return plan
+
+    @property
+    def awaits_tokens(self) -> bool:
+        """True where a running sequence could be given a draft once the tokens of dispatched steps are known."""
+        if self.drafter is None or len(self.running) >= self.drafter.max_tokens:
+            return False
+        behind = (s for s in self.running if s.num_tokens - s.num_computed_tokens <= 1)
+        return any(self.drafter.is_ready(s) for s in behind)
+
+    def confirm(self, chunk: Chunk, tokens: Seq[int]) -> int:
+        """How many of a draft's tokens are the ones sampled before them: those were computed. `tokens` are what was
+        sampled after the chunk and after each of them; the pages of the others go back.
+        """
+        sequence = chunk.sequence
+        pairs = enumerate(zip(chunk.draft, tokens, strict=False))
+        count = next((index for index, (guess, token) in pairs if guess != token), len(chunk.draft))
+        sequence.num_drafted = 0
+        if sequence.num_computed_tokens == chunk.start + 1:  # else its pages were taken back
+            sequence.num_computed_tokens += count
+            held = self._pages_for(sequence.num_computed_tokens)
+            self.pool.release(sequence.pages[held:])
+            sequence.page_table[held : len(sequence.pages)] = 0
+            del sequence.pages[held:]
+        if self.drafter is not None:
+            self.drafter.learn(sequence, len(chunk.draft), count)
+        return count
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """The one way out, for any reason, from any state: gives the pages back, after an error as if never filled."""
@@ -204,6 +244,7 @@ class Scheduler:
         """Take back a plan that could not be run: nothing of it was computed or sampled, so all is computed anew."""
         for chunk in (*plan.decodes, *plan.chunks):
             chunk.sequence.num_pending_tokens -= chunk.samples
+            chunk.sequence.num_drafted = 0
         for fork in plan.forks:
             fork.sequence.num_pending_tokens -= 1
         self.preempt_all()
@@ -317,6 +358,29 @@ class Scheduler:
             self._publish(sequence)
         if samples and sequence.forks:
             self._start_forks(plan, chunk)
+
+    def _draft(self, plan: Plan, drafter: Drafter) -> None:
+        """Guess ahead for those that decode and whose tokens are all known, as far as pages and rows are left."""
+        room = min(drafter.max_tokens, self.max_num_batched_tokens) - len(plan.decodes)
+        for index, chunk in enumerate(plan.decodes):
+            sequence = chunk.sequence
+            is_known = chunk.samples and sequence.num_pending_tokens == 1  # the one that is sampled now
+            is_known = is_known and sequence.num_output_tokens >= sequence.params.min_tokens
+            if not is_known or room <= 0 or not drafter.is_ready(sequence):
+                continue
+            limit = min(room, sequence.max_tokens - sequence.num_output_tokens - 1)
+            if sequence.long_after is not None:
+                limit = min(limit, sequence.long_after - len(sequence.token_ids))
+            pages = len(sequence.pages) + self.pool.num_available
+            limit = min(limit, pages * self.pool.page_size - sequence.num_computed_tokens)
+            draft = drafter.draft(sequence, limit)
+            if not draft:
+                continue
+            missing = self._pages_for(sequence.num_computed_tokens + len(draft)) - len(sequence.pages)
+            self._extend(sequence, self.pool.allocate(missing))
+            sequence.num_drafted = len(draft)
+            plan.decodes[index] = chunk._replace(draft=draft)
+            room -= len(draft)
 
     def _start_forks(self, plan: Plan, chunk: Chunk) -> None:
         """Forks sample from the same logits and go on by themselves, as many as may run; the others wait for a seat."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.engine.drafts import Drafter, max_drafted_tokens
 from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.page_map import PageInfo, page_map
 from jaxpaged.engine.page_pool import PagePool
@@ -74,6 +75,11 @@ class Shards:
             shard.pool.reset_prefix_cache()
 
     @property
+    def await_tokens(self) -> bool:
+        """True where a draft could be made in the next step if all tokens were known."""
+        return any(shard.scheduler.awaits_tokens for shard in self)
+
+    @property
     def num_waiting(self) -> int:
         """Sequences that wait, preempted ones included."""
         return self.sum(lambda shard: len(shard.scheduler.waiting))
@@ -129,6 +135,9 @@ class Shards:
 def make_shards(spec: Decoder, config: EngineConfig, runner: Runner, host: HostTier | None) -> Shards:
     """As many shards as the runner computes, each with a pool of its own; `host` keeps what they give away."""
 
+    speculative = config.speculation
+    max_tokens = max_drafted_tokens(config, runner.max_num_batched_tokens)
+
     def scheduler() -> Scheduler:
         pool = PagePool(runner.num_pages, config.page_size, enable_caching=config.enable_prefix_caching, host=host)
         return Scheduler(
@@ -140,6 +149,7 @@ def make_shards(spec: Decoder, config: EngineConfig, runner: Runner, host: HostT
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             max_num_partial_prefills=config.max_num_partial_prefills,
             window=_widest_window(spec),
+            drafter=None if speculative is None else Drafter(speculative, spec.vocab_size, max_tokens),
         )
 
     return Shards([scheduler() for _ in range(runner.num_shards)])

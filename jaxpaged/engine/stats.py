@@ -26,6 +26,9 @@ class EngineStats(NamedTuple):
     host_pages_moved_out: int  # from the pool to the host
     host_pages_moved_in: int
     host_cache_hits: int  # tokens found that were on the host
+    num_drafts: int  # checked by steps
+    num_drafted_tokens: int
+    num_accepted_tokens: int  # those of them that came true
     prompt_tokens: int
     generation_tokens: int
     num_steps: int

@@ -110,7 +110,7 @@ class StepFunctions:
         return Function(self._relay, RELAYED.index(name), sizes, compiled, shapes)
 
     def named(self, number: int, sizes: Sequence[int]) -> Any:
-        """The function that the relay calls by a number, for sizes of which a bucket has three."""
+        """The function that the relay calls by a number, for sizes of which a bucket has four."""
         name = RELAYED[number]
         if name in ("scrub", "copy"):
             return self.scrub() if name == "scrub" else self.copy_pages()
@@ -173,15 +173,15 @@ class StepFunctions:
             given_out = given_out if self.stage.is_last else self.carried(bucket).sharding
         step = partial(step, spec=self.spec, attention_backend=self.attention_backend, placement=self.placement)
         function = self._jit(step, (self._cache_shardings, given_out), donate=1, whole=(0,))
-        tokens, rows = bucket.num_tokens, bucket.num_rows
+        tokens, rows, seqs = bucket.num_tokens, bucket.num_rows, bucket.num_seqs
         inputs = StepInputs(
             token_ids=_shape(tokens),
             feedback=_shape(tokens),
             positions=_shape(tokens),
             rope_lens=_shape(tokens),
             slots=_shape(tokens),
-            page_table=_shape(rows, self.max_pages),
-            kv_lens=_shape(rows),
+            page_table=_shape(seqs, self.max_pages),
+            kv_lens=_shape(seqs),
             cu_q_lens=_shape(bucket.num_chunks + 1),
             logit_rows=_shape(rows),
         )

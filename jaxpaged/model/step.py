@@ -40,7 +40,7 @@ class StepInputs(NamedTuple):
     page_table: Int[Array, "S max_pages"]
     kv_lens: Int[Array, " S"]  # the new tokens included; 0 for padding
     cu_q_lens: Int[Array, " E+1"]  # offsets of the chunks among the last T - D tokens
-    logit_rows: Int[Array, " R"]  # the tokens whose logits are wanted
+    logit_rows: Int[Array, " R"]  # the tokens whose logits are wanted: each sequence's last, of drafts each
 
 
 class ForwardOutputs(NamedTuple):
