@@ -109,7 +109,9 @@ def steps_for(folder: Path, machine: Mapping[str, Any], missing: Mapping[str, st
     python, processes = sys.executable, _processes(missing)
     pytest = [python, "-m", "pytest", "-q", "--device", "cpu" if small else "gpu", "-p", "no:cacheprovider"]
     pytest += ["-n", str(processes), "--dist", "worksteal"] if processes > 1 and not small else []
-    kernels = [f"tests/test_kernels_{name}.py" for name in ("work", "attention", "mosaic", "sampling")]
+    kernels = [
+        f"tests/test_kernels_{name}.py" for name in ("work", "attention", "mosaic", "sampling", "expert_product")
+    ]
     tests = {
         "kernel": ["tests/test_paged_attention.py", *(name for name in kernels if (ROOT / name).exists())],
         "engine": [f"tests/test_{name}.py" for name in ("families", "engine", "sampling", "functional")],

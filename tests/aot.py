@@ -71,7 +71,7 @@ _GPUS: dict[str, dict[str, Any]] = {
         "major": 8,
     },
 }
-_OURS = re.compile(r"\.visible \.entry (paged_attention|sampling)")
+_OURS = re.compile(r"\.visible \.entry (paged_attention|sampling|expert_product)")
 _ARCHITECTURE = {"H200": "sm_90a", "A100": "sm_80"}
 
 

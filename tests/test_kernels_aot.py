@@ -16,11 +16,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxpaged.kernels import tiles
+from jaxpaged.kernels.expert_product import expert_product
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
 from jaxpaged.model.cache import cache_shapes
 from jaxpaged.model.params import map_specs
 from jaxpaged.model.sampling import SamplingInputs, sample
-from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
+from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Moe, Norm, Rope
 from jaxpaged.model.step import StepInputs, forward
 
 pytestmark = [
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning"),
 ]
 INT = jnp.int32
+LLAMA_FFN = Mlp(14336, "silu")
 POOL_BYTES = 4096 * 16 * 2 * 8 * 128 * 2  # of a layer of the step below
 
 
@@ -148,11 +150,11 @@ def test_large_pools_are_addressed_in_64_bits(pool, pages, tmp_path):
     assert wide == pages
 
 
-def llama_step(num_layers, num_decodes, num_chunk_tokens, pool):
-    """A step of the real engine's function at Llama 3 8B's shape: the arguments, for the spec."""
+def llama_step(num_layers, num_decodes, num_chunk_tokens, pool, dim=4096, ffn=LLAMA_FFN):
+    """A step of the real engine's function, at Llama 3 8B's shape where no other is given: the spec, its arguments."""
     struct, norm = jax.ShapeDtypeStruct, Norm("rms", 1e-5)
-    block = Block(Attention(32, 8, 128, 128**-0.5, Rope(5e5, 128)), Mlp(14336, "silu"), norm)
-    spec = Decoder(128256, 4096, 8192, (block,) * num_layers, norm, 4096, tied_head=False)
+    block = Block(Attention(32, 8, 128, 128**-0.5, Rope(5e5, 128)), ffn, norm)
+    spec = Decoder(128256, dim, 8192, (block,) * num_layers, norm, dim, tied_head=False)
     params = map_specs(lambda _, leaf: struct(leaf.shape, jnp.bfloat16), spec)
     cache = cache_shapes(spec, 4096, 16, pool)
     num_chunks = 4 if num_chunk_tokens else 0
@@ -167,8 +169,8 @@ def llama_step(num_layers, num_decodes, num_chunk_tokens, pool):
     return spec, (params, cache, inputs, struct((rows,), INT))
 
 
-def step_program(num_layers, num_decodes, num_chunk_tokens, dump, pool="bfloat16"):
-    spec, args = llama_step(num_layers, num_decodes, num_chunk_tokens, pool)
+def step_program(num_layers, num_decodes, num_chunk_tokens, dump, pool="bfloat16", **shape):
+    spec, args = llama_step(num_layers, num_decodes, num_chunk_tokens, pool, **shape)
     return aot.compile_for("H200", partial(forward, spec=spec), *args, dump=dump, donate=(1,))
 
 
@@ -192,6 +194,35 @@ def test_a_decode_step_is_one_cuda_graph_of_few_kernels(num_decodes, pool, kerne
     # The pools are updated in place.
     assert program.aliased_bytes == 4 * (POOL_BYTES if pool == "bfloat16" else POOL_BYTES // 256 * (128 + 4))
     assert program.temporary_bytes < 32 * 2**20
+
+
+@pytest.mark.parametrize("num_decodes", [4, 64])
+@pytest.mark.parametrize(
+    ("dim", "moe"),
+    [(4096, Moe(8, 2, 14336, "silu", renormalize=True)), (2048, Moe(128, 8, 768, "silu", renormalize=True))],
+    ids=["mixtral-8x7b", "qwen3-30b-a3b"],
+)
+def test_a_decode_step_with_experts_is_one_cuda_graph_too_and_copies_no_experts_weights(
+    dim, moe, num_decodes, tmp_path
+):
+    program = step_program(2, num_decodes, 0, tmp_path, dim=dim, ffn=moe)
+    assert program.launches["kCommandBuffer"] == 1
+    assert set(program.launches) == {"kCommandBuffer", "kCustomKernel", "kCopy"}
+    assert program.launches["kCustomKernel"] <= 2 * 27 + 12  # routing and sorting among them
+    assert program.temporary_bytes < 40 * 2**20 < 3 * moe.dim * dim * 2 * moe.experts
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("gpu", ["H200", "A100"])
+def test_experts_products_spill_nothing_and_load_asynchronously(gpu, dtype, rows, tmp_path):
+    struct = jax.ShapeDtypeStruct
+    args = struct((40, rows, 2048), dtype), struct((128, 2048, 768), dtype), struct((40,), INT), struct((), INT)
+    (kernel,) = aot.compile_for(gpu, expert_product, *args, dump=tmp_path).kernels.values()
+    assert kernel.spilled_bytes == 0
+    assert kernel.instructions["cp.async.cg"] > 0
+    if dtype == "bfloat16":
+        assert kernel.instructions["mma.sync"] + kernel.instructions["wgmma.mma_async"] > 0
 
 
 def test_a_mixed_step_runs_both_kernels_and_copies_no_pool(tmp_path):

@@ -6,6 +6,7 @@ Skipped where the compiler's wheels are absent; `make test-aot` installs them in
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxpaged.engine.runner import Runner
 from jaxpaged.model.blocks import BLOCK
 from jaxpaged.model.params import map_specs
 from jaxpaged.model.sharding import Placement, ShardingRules
-from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
+from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Moe, Norm, Rope
 
 pytestmark = [
     pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing())),
@@ -42,6 +43,9 @@ LLAMA = Decoder(  # Llama 3 8B, but for the number of layers
     4096,
     tied_head=False,
 )
+MIXTURE = replace(  # with Qwen3 30B A3B's experts
+    LLAMA, blocks=(replace(LLAMA.blocks[0], ffn=Moe(128, 8, 768, "silu", renormalize=True)),) * LAYERS
+)
 POOL_BYTES = LAYERS * 4096 * 16 * 2 * 8 * 128 * 2
 
 
@@ -57,16 +61,24 @@ def no_compilation_cache() -> Iterator[None]:
 
 @cache
 def compiled(
-    num_devices: int, name: str, size: int | Bucket, data: int = 1, sequence: int = 1, batch_invariant: bool = False
+    num_devices: int,
+    name: str,
+    size: int | Bucket,
+    data: int = 1,
+    sequence: int = 1,
+    batch_invariant: bool = False,
+    spec: Decoder = LLAMA,
+    experts: str | None = None,
 ) -> Any:
     """A runner's function for so many H200s, times the others. The runner has shapes of weights, and no pool."""
     mesh = aot.mesh("H200", data=data, sequence=sequence, model=num_devices)
     rules = ShardingRules(data="data" if data > 1 else None, sequence="sequence" if sequence > 1 else None)
+    rules = replace(rules, experts=experts)
     settings: dict[str, Any] = {"max_num_seqs": ROWS, "max_num_batched_tokens": ROWS + 512, "max_model_len": 4096}
     config = EngineConfig(num_pages=4096, batch_invariant=batch_invariant, **settings)
-    params = map_specs(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), LLAMA)
+    params = map_specs(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), spec)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return getattr(Runner(LLAMA, params, config, Placement(mesh, rules)).functions, name)(size)
+        return getattr(Runner(spec, params, config, Placement(mesh, rules)).functions, name)(size)
 
 
 @pytest.mark.parametrize("num_devices", [4, 8])
@@ -84,6 +96,15 @@ def test_a_step_sums_twice_a_layer_and_once_for_the_embedding_and_moves_nothing_
     assert (told.num_sums, told.sum_bytes) == (2 * LAYERS + 1, bucket.num_tokens * 4096 * 2)
     given = memory.argument_size_in_bytes - memory.alias_size_in_bytes - forecaster.weight_bytes()
     assert 0 < given < 1 << 20  # token ids, page tables and the like
+
+
+@pytest.mark.parametrize("experts", [None, "model"], ids=["columns", "whole experts"])
+def test_a_mixture_is_summed_as_an_mlp_is_and_no_row_or_weight_goes_to_another_device(experts):
+    step = compiled(4, "forward", Bucket(ROWS, 0, 0), spec=MIXTURE, experts=experts)
+    assert moved(step.as_text()) == {Moved("all-reduce", "bf16", (ROWS, 4096)): 2 * LAYERS + 1}
+    memory = step.memory_analysis()
+    assert memory.alias_size_in_bytes == POOL_BYTES // 4
+    assert memory.temp_size_in_bytes < 64 << 20 < 3 * 128 * 4096 * 768 * 2 // 4  # a layer's experts on a device
 
 
 @pytest.mark.parametrize(

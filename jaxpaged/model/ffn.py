@@ -22,6 +22,11 @@ _ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 
 def feed_forward(x: Float[Array, "T M"], p: Mapping[str, Any], mlp: Mlp) -> Float[Array, "T M"]:
     """down(act(gate x) * up x), or down(act(up x)) where there is no gate."""
-    act = _ACTIVATIONS[mlp.act]
+    act = activation(mlp.act)
     up = linear(x, p["up"])
     return linear(act(linear(x, p["gate"])) * up if mlp.gated else act(up), p["down"])
+
+
+def activation(name: Activation) -> Callable[[Array], Array]:
+    """The function of that name."""
+    return _ACTIVATIONS[name]

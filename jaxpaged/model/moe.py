@@ -1,8 +1,8 @@
 """Mixtures of experts: which experts a row has, and the sum of what they make of it. No row is ever dropped.
 
 Two forms of the same sum. `every_expert` computes all experts for all rows: plain, and differentiable to any order.
-`chosen_experts` computes what was chosen: rows are sorted by expert into blocks of one expert each, and a loop goes
-over the blocks that are not empty. Shapes do not depend on what was chosen, so any rows may choose the same expert.
+`chosen_experts` computes what was chosen: rows are sorted by expert into blocks of one expert each, and the blocks that
+are not empty multiplied. Shapes do not depend on what was chosen, so any rows may choose the same expert.
 
     rows' experts    0: a c   1: a b   2: b a      blocks of 2    a: 0 1 | a: 2 - | b: 1 2 | c: 0 -
 
@@ -12,6 +12,7 @@ Where devices share the experts, or each expert's columns, every device adds up 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,16 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxpaged.model.ffn import feed_forward
+from jaxpaged.kernels.expert_product import Backend, block_rows, expert_product
+from jaxpaged.model.ffn import activation, feed_forward
 from jaxpaged.model.linear import linear
 from jaxpaged.model.params import expert_specs, is_param_spec
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Moe
-
-_FEW_ROWS, _MANY_ROWS = 8, 32
-"""Rows of a block, where an expert has fewer than 16 rows on average and where it has more. On two CPU cores, of 64
-experts of 1024 x 256, 8 a token, blocks of 8 take a third of the time of blocks of 32 for 16 tokens, and as long for
-256; of 8 experts of 512 x 1792, 2 a token, blocks of 32 take 0.4 of the time of blocks of 8 for 256 tokens."""
 
 
 class Routes(NamedTuple):
@@ -65,18 +62,21 @@ def chosen_experts(
     moe: Moe,
     placement: Placement | None = None,
     rows: str | None = None,
+    backend: Backend = "auto",
 ) -> Float[Array, "T M"]:
     """The mixture by computing what was chosen. With a placement the weights lie on its mesh, and `rows` is the logical
-    axis along which rows are cut.
+    axis along which rows are cut. `backend` is the experts' products'.
     """
     routes = route(x, p, moe)
     if placement is None:
-        return _with_shared(_sum_of_chosen(x, routes, p["experts"], moe), x, p, moe)
+        return _with_shared(_sum_of_chosen(x, routes, p["experts"], moe, backend), x, p, moe)
     over_experts, over_columns = placement.axes("experts"), placement.axes("expert_ffn")
 
     def here(x: Array, routes: Routes, experts: Any) -> Array:
         first = lax.axis_index(over_experts) * experts["up"]["w"].shape[0] if over_experts else 0
-        summed: Array = lax.psum(_sum_of_chosen(x, routes, experts, moe, first), (*over_experts, *over_columns))
+        summed: Array = lax.psum(
+            _sum_of_chosen(x, routes, experts, moe, backend, first), (*over_experts, *over_columns)
+        )
         return summed
 
     cut = placement.partition(rows, None)
@@ -99,22 +99,18 @@ def _with_shared(y: Float[Array, "T M"], x: Float[Array, "T M"], p: Mapping[str,
 
 
 def _sum_of_chosen(
-    x: Float[Array, "T M"], routes: Routes, experts: Any, moe: Moe, first: Int[Array, ""] | int = 0
+    x: Float[Array, "T M"], routes: Routes, experts: Any, moe: Moe, backend: Backend, first: Int[Array, ""] | int = 0
 ) -> Float[Array, "T M"]:
     """The weighted sum of those of the rows' experts that are in `experts`, `first` being the number of the first."""
     num_pairs, num_experts = routes.experts.size, experts["up"]["w"].shape[0]
-    size = _FEW_ROWS if num_pairs < 16 * num_experts else _MANY_ROWS
+    size = block_rows(num_pairs, num_experts, backend)
     blocks = _make_blocks(routes.experts.reshape(-1) - first, num_experts, size)
-    num_slots = blocks.experts.shape[0] * size
-    rows = jnp.zeros((num_slots, x.shape[1]), x.dtype)
-    rows = rows.at[blocks.slots].set(jnp.repeat(x, moe.top_k, axis=0), mode="drop")
-
-    def one(index: Array, out: Array) -> Array:
-        part = lax.dynamic_slice_in_dim(rows, index * size, size)
-        own = jax.tree.map(lambda leaf: leaf[blocks.experts[index]], experts)
-        return lax.dynamic_update_slice_in_dim(out, feed_forward(part, own, moe.expert), index * size, 0)
-
-    out: Array = lax.fori_loop(0, blocks.num_used, one, jnp.zeros_like(rows))
+    slots = jnp.zeros((blocks.experts.shape[0] * size, x.shape[1]), x.dtype)
+    slots = slots.at[blocks.slots].set(jnp.repeat(x, moe.top_k, axis=0), mode="drop")
+    multiply = partial(expert_product, experts=blocks.experts, num_used=blocks.num_used, backend=backend)
+    rows = slots.reshape(-1, size, x.shape[1])
+    hidden = activation(moe.act)(multiply(rows, experts["gate"]["w"])) * multiply(rows, experts["up"]["w"])
+    out = multiply(hidden, experts["down"]["w"]).reshape(slots.shape)
     each = out.at[blocks.slots].get(mode="fill", fill_value=0).reshape(*routes.experts.shape, -1)  # [T, K, M]
     return (each.astype(jnp.float32) * routes.weights[:, :, None]).sum(1).astype(x.dtype)
 
@@ -134,15 +130,19 @@ def _make_blocks(experts: Int[Array, " pairs"], num_experts: int, size: int) -> 
     own = jnp.where((experts >= 0) & (experts < num_experts), experts, num_experts)
     order = jnp.argsort(own)
     own = own[order]
-    ends = jnp.searchsorted(own, jnp.arange(num_experts + 1, dtype=own.dtype), side="right").astype(jnp.int32)
+    ends = _count_up_to(own, jnp.arange(num_experts + 1, dtype=jnp.int32))
     begins = jnp.pad(ends[:-1], (1, 0))
     block_ends = jnp.cumsum(-(-(ends - begins)[:-1] // size))
     block_begins = jnp.pad(block_ends, (1, 0))
     places = jnp.arange(num_pairs, dtype=jnp.int32) - begins[own] + block_begins[own] * size
     places = jnp.where(own < num_experts, places, num_blocks * size)
-    holders = jnp.searchsorted(block_ends, jnp.arange(num_blocks, dtype=jnp.int32), side="right")
     return _Blocks(
         slots=jnp.zeros(num_pairs, jnp.int32).at[order].set(places),
-        experts=jnp.minimum(holders, num_experts - 1).astype(jnp.int32),
+        experts=jnp.minimum(_count_up_to(block_ends, jnp.arange(num_blocks, dtype=jnp.int32)), num_experts - 1),
         num_used=block_ends[-1],
     )
+
+
+def _count_up_to(numbers: Int[Array, " A"], limits: Int[Array, " B"]) -> Int[Array, " B"]:
+    """How many of the numbers are at most each limit: all compared, for a GPU launches a search's turns one by one."""
+    return jnp.sum(numbers[None] <= limits[:, None], axis=1, dtype=jnp.int32)

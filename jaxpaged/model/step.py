@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,7 +17,7 @@ from jaxpaged.kernels.paged_attention import Backend, paged_attention, ragged_pa
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model.blocks import carry_blocks, in_blocks
 from jaxpaged.model.cache import KVCache, Pool
-from jaxpaged.model.decoder import embed, hidden_states, last_norm, logits, through_layers
+from jaxpaged.model.decoder import Mixture, embed, hidden_states, last_norm, logits, through_layers
 from jaxpaged.model.moe import chosen_experts
 from jaxpaged.model.params import Params
 from jaxpaged.model.sharding import Placement
@@ -115,6 +115,12 @@ def _row_axis(inputs: StepInputs) -> str | None:
     return "sequence" if inputs.cu_q_lens.shape[0] > 1 else None
 
 
+def _mixture(backend: Backend, placement: Placement | None, rows: str | None) -> Mixture:
+    """How experts are computed: without kernels where attention is."""
+    own: Literal["auto", "reference"] = "reference" if backend == "reference" else "auto"
+    return partial(chosen_experts, placement=placement, rows=rows, backend=own)
+
+
 def _embedded(
     params: Params, inputs: StepInputs, sampled: Int[Array, " R_before"], spec: Decoder, placement: Placement | None
 ) -> Float[Array, "T M"]:
@@ -166,7 +172,7 @@ def _through(
             parts.append(ragged_paged_attention(*chunks, **options))
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0], pool
 
-    mixture = partial(chosen_experts, placement=placement, rows=_row_axis(inputs))
+    mixture = _mixture(attention_backend, placement, _row_axis(inputs))
     positions, rope_lens = cut(inputs.positions), cut(inputs.rope_lens)
     x, pools = through_layers(layers, x, positions, rope_lens, blocks, cache.pools, attend, mixture)
     return x, KVCache(pools)
@@ -215,7 +221,7 @@ def _forward_in_blocks(
     kv_lens = jnp.where(inputs.slots < capacity, inputs.positions + 1, 0)
     rows = _Rows(tokens, inputs.positions, inputs.rope_lens, inputs.slots, sequence, kv_lens)
 
-    mixture = partial(chosen_experts, placement=placement)
+    mixture = _mixture(backend, placement, None)
 
     def one_block(pools: tuple[Pool, ...], rows: _Rows) -> tuple[tuple[Pool, ...], Array]:
         slots = jnp.where(rows.kv_lens > 0, rows.slots, capacity)
