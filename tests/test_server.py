@@ -15,6 +15,8 @@ from tiny_vocabularies import byte_level_metadata
 from tokenizers.processors import TemplateProcessing
 
 from jaxpaged.engine.tokenizer import load_tokenizer
+from jaxpaged.outputs import Logprob
+from jaxpaged.server.answers import prompt_logprobs
 from jaxpaged.server.truncation import _last
 
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 6}
@@ -51,6 +53,8 @@ def test_completion_is_the_engines(server, client):
     raw = client.completions.create(prompt="ban", extra_body={"return_token_ids": True}, **GREEDY).choices[0]
     assert server.engine.tokenizer.decode(raw.token_ids) == choice.text
     assert raw.prompt_token_ids == ids(server, "ban")
+    unbounded = server.post("/v1/completions", prompt="ban", temperature=0, ignore_eos=True).json()
+    assert unbounded["usage"]["completion_tokens"] == 16, "as in OpenAI's API"
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
@@ -135,6 +139,8 @@ def test_best_of_gives_the_likeliest(client):
     every = client.completions.create(n=4, **drawn).choices
     best = client.completions.create(n=1, best_of=4, **drawn).choices
     assert [choice.text for choice in best] == [max(every, key=total).text]
+    with pytest.raises(openai.BadRequestError, match="the best are known only in the end"):
+        client.completions.create(n=1, best_of=4, stream=True, **drawn)
 
 
 # Chats
@@ -215,6 +221,7 @@ def test_seed_repeats_and_stop_stops(client):
     drawn = {"model": "tiny", "prompt": "ban", "max_tokens": 12, "temperature": 1.5}
     first, second, other = (client.completions.create(seed=seed, **drawn).choices[0].text for seed in (7, 7, 8))
     assert first == second != other
+    assert client.completions.create(seed=7, stop="", **drawn).choices[0].text == first, "an empty text is no stop"
     stop = first[2:4]
     stopped = client.completions.create(seed=7, stop=[stop], **drawn).choices[0]
     assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == (first.split(stop)[0], "stop", stop)
@@ -252,6 +259,10 @@ def test_tokenize_and_detokenize_are_inverse(server):
     assert "".join(tokens["token_strs"]) == "banana 12"
     assert server.post("/detokenize", tokens=tokens["tokens"]).json() == {"prompt": "banana 12"}
     assert server.post("/tokenize", messages=HELLO).json()["tokens"] == ids(server, RENDERED)
+    for asked in ({}, {"prompt": "ban", "messages": HELLO}):
+        assert "give either prompt or messages" in server.post("/tokenize", **asked).text
+    unknown = server.post("/detokenize", tokens=[server.engine.vocab_size])
+    assert unknown.status_code == 400 and "token ids of this model are 0 to" in unknown.text
 
 
 def test_tokenizer_info_has_what_the_template_may_write(server):
@@ -271,7 +282,20 @@ def test_metrics_count_what_was_served(server, client):
     list(client.completions.create(prompt="ban", stream=True, **GREEDY))
     after = [value(name) for name in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [18, 2, 2]
+    by_reason = server.http.get("/metrics").text
+    assert 'request_success_total{finished_reason="length",model_name="tiny"}' in by_reason
     assert value("num_requests_running") == 0 and value("request_generation_tokens_sum") >= 18
+
+
+def test_usage_tells_what_was_cached_for_whoever_has_the_salt(server):
+    asked = {"prompt": list(range(3, 43)), "max_tokens": 1}
+    usages = [server.post("/v1/completions", cache_salt=salt, **asked).json()["usage"] for salt in ("a", "a", "b")]
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 36, 0]
+
+
+def test_a_logprob_of_minus_infinity_has_the_number_that_clients_know():
+    (entry,) = prompt_logprobs([{3: Logprob(float("-inf"), 1, "a")}])
+    assert entry == {"3": {"logprob": -9999.0, "rank": 1, "decoded_token": "a"}}
 
 
 def test_answers_carry_the_name_of_their_request(server):
@@ -391,6 +415,8 @@ def test_what_the_page_sends_is_served_and_what_it_reads_is_there(server):
     events = [json.loads(part[6:]) for part in answer.text.split("\n\n") if part.startswith("data: {")]
     assert {"completion_tokens", "prompt_tokens", "prompt_tokens_details"} <= set(events[-1]["usage"])
     assert all(event["choices"][0]["delta"] is not None for event in events[:-1])
+    told = [event["usage"]["completion_tokens"] for event in events]
+    assert told == sorted(told) and told[-1] == 3 and set(told) >= {1, 2}, "the count goes on with every event"
 
 
 def test_the_page_pictures_the_pool(server):

@@ -254,6 +254,13 @@ def test_request_id_in_use_is_refused(server):
 def test_wrong_method_path_type_and_size(server, method, path, headers, status):
     answer = server.http.request(method, path, headers=headers)
     assert answer.status_code == status and answer.json()["error"]["message"]
+    assert ("allow" in answer.headers) == (status == 405), "it says which methods there are"
+
+
+def test_a_message_quotes_little_of_what_was_sent(server):
+    answer = server.post(COMPLETIONS, prompt="x", model="m" * 5_000)
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 404 and len(message) < 700 and message.startswith("there is no model 'mmm")
 
 
 def test_openais_client_raises_its_own_errors(server):

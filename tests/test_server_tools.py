@@ -438,10 +438,14 @@ def test_thoughts_are_apart_from_the_answer(client, saying, opened):
     with saying(("" if opened else "<think>\n") + "So so.\n</think>\n\nYes."):
         message = client.chat.completions.create(extra_body=extra, **CALL).choices[0].message
         chunks = [c.choices[0].delta for c in client.chat.completions.create(extra_body=extra, stream=True, **CALL)]
-        hidden = client.chat.completions.create(extra_body=extra | {"include_reasoning": False}, **CALL)
+        extra["include_reasoning"] = False
+        hidden = client.chat.completions.create(extra_body=extra, **CALL)
+        unseen = [c.choices[0].delta for c in client.chat.completions.create(extra_body=extra, stream=True, **CALL)]
     assert (message.reasoning_content, message.content) == ("So so.", "Yes.") and message.reasoning == "So so."
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in chunks) == "So so."
     assert "".join(delta.content or "" for delta in chunks) == "Yes."
+    assert "".join(delta.content or "" for delta in unseen) == "Yes."
+    assert not any(hasattr(delta, name) for delta in unseen for name in ("reasoning", "reasoning_content"))
     assert hidden.choices[0].message.content == "Yes." and not hasattr(hidden.choices[0].message, "reasoning_content")
 
 
