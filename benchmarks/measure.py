@@ -53,6 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     for name in ENGINE_OPTIONS:
         group.add_argument(f"--{name.replace('_', '-')}", type=int)
+    group.add_argument("--speculative-config", type=json.loads, help='guess ahead, such as \'{"method": "ngram"}\'')
     group.add_argument("--no-enable-prefix-caching", dest="enable_prefix_caching", action="store_false")
     parser.add_argument("--baseline", choices=["hf"], help="run transformers on the same work and print the ratio")
     parser.add_argument("--output", type=Path, help="append the row to this file of JSON lines")
@@ -64,6 +65,7 @@ def build(args: Namespace) -> LLM:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
     options = {name: getattr(args, name) for name in ENGINE_OPTIONS if getattr(args, name) is not None}
     options["enable_prefix_caching"] = args.enable_prefix_caching
+    options["speculative_config"] = getattr(args, "speculative_config", None)
     options["batch_invariant"] = getattr(args, "batch_invariant", False)
     if not args.dummy:
         return LLM(str(model_path(args)), dtype=args.dtype, **options)
@@ -122,7 +124,8 @@ def environment(llm: LLM, args: Namespace) -> dict[str, Any]:
         "model": args.dummy or model_path(args).name,
         "dtype": str(jax.tree.leaves(llm.engine.params)[0].dtype),
         "engine": {n: getattr(args, n) for n in ENGINE_OPTIONS if getattr(args, n) is not None}
-        | {"enable_prefix_caching": args.enable_prefix_caching},
+        | {"enable_prefix_caching": args.enable_prefix_caching}
+        | ({"speculative_config": args.speculative_config} if args.speculative_config is not None else {}),
     }
 
 

@@ -37,6 +37,8 @@ def main() -> None:
         "num_compilations_after_warmup": stats.num_compilations - compiled,
         "num_preemptions": stats.num_preemptions,
     }
+    if args.speculative_config is not None:
+        row |= {"num_drafted_tokens": stats.num_drafted_tokens, "num_accepted_tokens": stats.num_accepted_tokens}
     if args.baseline == "hf":
         import baseline
 
