@@ -2,8 +2,9 @@
 
 The paged ops walk the page table a few pages at a time with an online softmax (arXiv 1805.02867), so work grows with
 the pages in use, never with the table's width. A tile is a run of queries of one sequence: one query in decode, part
-of a chunk otherwise. Tiles are sorted by length and taken in groups, so that a group's loop has little to skip; groups
-of padding alone are not taken. A tile's numbers do not depend on its group: pages past its end add exactly 0.
+of a chunk otherwise. One loop has a few lanes, each at a tile of its own; a lane that is done takes the longest tile
+left, so that lanes end together, and empty tiles are not taken at all. A tile's numbers do not depend on those beside
+it: it is summed in the order of its own pages, and positions past its end add exactly 0.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-# Measured on two x86 cores (9 query / 3 kv heads of 64, pages of 16, 64 sequences, mean length 185): groups of 4 with
-# 4 pages a turn take 2.1 ms, 1 with 8 pages 3.8 ms, 16 with 4 pages 3.0 ms. Tiles as long as a chunk is on average are
-# within 20 % of the best of 4, 8, 16 and 32 queries: with 256 tokens for 64 sequences tiles of 4 take 4.7 ms, of 32
-# 18 ms; with 192 for 16, all of one long sequence, tiles of 4 take 12.9 ms, of 16 7.6 ms, of 32 9.0 ms. Tiles of 64
-# cost short prompts 60 % more.
-_GROUP = 4
+# Measured on two x86 cores (9 query / 3 kv heads of 64, pages of 16, mean lengths 130 to 300). Lanes: 8 decode 64
+# sequences in 0.9 of the time that 4 take, but 16 rows with 10 in use in 1.1 of it; 2 decode 4 sequences in 0.55. Turns
+# of 32 tokens a lane cost 10 %, of 128 35 %. Tiles as long as a chunk is on average are within 20 % of the best of 4,
+# 8, 16 and 32 queries: with 256 tokens for 64 sequences tiles of 4 take 4.7 ms, of 32 18 ms; with 192 for 16, all of
+# one long sequence, tiles of 4 take 12.9 ms, of 16 7.6 ms, of 32 9.0 ms. Tiles of 64 cost short prompts 60 % more.
 _TOKENS_PER_TURN = 64
 _SHORTEST_TILE, _LONGEST_TILE = 4, 32
 _FLOOR = -1e30  # stands for minus infinity: finite, so that a masked row yields 0 and not NaN
@@ -116,6 +116,16 @@ def _tile_size(num_tokens: int, num_seqs: int) -> int:
     return min(max(1 << (mean - 1).bit_length(), _SHORTEST_TILE), _LONGEST_TILE)
 
 
+class _Lanes(NamedTuple):
+    """Which tile each lane is at, which run of its pages comes next, and its softmax so far."""
+
+    tile: Int[Array, " L"]
+    run: Int[Array, " L"]
+    top: Float[Array, "L K rows"]
+    total: Float[Array, "L K rows"]
+    acc: Float[Array, "L K rows D"]
+
+
 def _attend(
     tiles: _Tiles,
     pages: Array,
@@ -126,69 +136,74 @@ def _attend(
     scales: Array | None,
 ) -> Float[Array, "N Q H D"]:
     """Attention of every tile over its pages."""
-    num_tiles, tile, heads, dim = tiles.q.shape
+    num_tiles, size, heads, dim = tiles.q.shape
     page_size, kv_heads = pages.shape[1], pages.shape[3]
-    group = min(_GROUP, num_tiles)
-    turn = max(1, _TOKENS_PER_TURN // page_size)  # pages a turn of the loop takes
+    lanes = min(max(num_tiles // 4, 2), 8 if size == 1 else 4, num_tiles)
+    turn = max(1, _TOKENS_PER_TURN // page_size)  # pages that a lane reads in a turn
     span = turn * page_size
-    padding = -num_tiles % group
-    ends = jnp.where(tiles.lengths > 0, tiles.starts + tiles.lengths, 0)
-    order = jnp.pad(jnp.argsort(-ends), (0, padding), mode="edge")
-    # The last turn may read past the table's width; those positions are masked, the ids only have to exist.
-    tables = jnp.pad(tiles.tables, ((0, 0), (0, -tiles.tables.shape[1] % turn)))
-    rows = heads // kv_heads * tile  # queries that read one kv head, heads outer
+    rows = heads // kv_heads * size  # queries that read one kv head, heads outer
+
+    # One tile more, which is empty: what lanes without work are at.
+    starts = jnp.pad(tiles.starts, (0, 1))
+    ends = jnp.pad(jnp.where(tiles.lengths > 0, tiles.starts + tiles.lengths, 0), (0, 1))
+    order = jnp.argsort(-ends)  # stable, so that the one more is last
+    first = jnp.zeros_like(ends) if window is None else jnp.maximum(starts - window + 1, 0) // span
+    last = (ends - 1) // span
+    # The last run may reach past the table's width; those positions are masked, the ids only have to exist.
+    tables = jnp.pad(tiles.tables, ((0, 1), (0, -tiles.tables.shape[1] % turn)))
+    tables = jnp.clip(tables, 0, pages.shape[0] - 1).reshape(num_tiles + 1, -1, turn)
+    # [N, Q, H, D] -> [N, K, rows, D]
+    q = tiles.q.reshape(num_tiles, size, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+    q = jnp.pad(q.reshape(num_tiles, kv_heads, rows, dim).astype(jnp.float32) * scale, ((0, 1), (0, 0), (0, 0), (0, 0)))
+    offset = jnp.tile(jnp.arange(size, dtype=jnp.int32), rows // size)
     if sinks is None:
-        first_max = jnp.full((group, kv_heads, rows), _FLOOR, jnp.float32)
-        first_sum = jnp.zeros_like(first_max)
+        first_top = jnp.full((1, kv_heads, rows), _FLOOR, jnp.float32)
+        first_total = jnp.zeros_like(first_top)
     else:
-        column = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, -1), tile, axis=1)
-        first_max = jnp.broadcast_to(column[None], (group, kv_heads, rows))
-        first_sum = jnp.ones_like(first_max)
+        first_top = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, -1), size, axis=1)[None]
+        first_total = jnp.ones_like(first_top)
 
-    def one_group(index: Array, out: Array) -> Array:
-        members = lax.dynamic_slice_in_dim(order, index * group, group)
-        table, start, length = tables[members], tiles.starts[members], tiles.lengths[members]
-        # [N, Q, H, D] -> [N, K, rows, D]
-        q = tiles.q[members].reshape(group, tile, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
-        q = q.reshape(group, kv_heads, rows, dim).astype(jnp.float32) * scale
-        offset = jnp.arange(tile, dtype=jnp.int32)
-        position = jnp.tile(start[:, None] + offset[None], (1, rows // tile))  # [N, rows]
+    def one_turn(state: tuple[_Lanes, Array, Array]) -> tuple[_Lanes, Array, Array]:
+        (tile, run, top, total, acc), taken, out = state
+        begins = (run == first[tile])[:, None, None]
+        top, total = jnp.where(begins, first_top, top), jnp.where(begins, first_total, total)
+        ids = tables[tile, run]
+        kv = _whole_pages(pages, ids).astype(jnp.float32)
+        if scales is not None:
+            kv = kv * scales[ids].astype(jnp.float32)[..., None]
+        kv = kv.reshape(lanes, span, 2, kv_heads, dim)
+        scores = jnp.einsum("nkrd,nukd->nkru", q[tile], kv[:, :, 0])
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        keys = run[:, None] * span + jnp.arange(span, dtype=jnp.int32)[None]
+        behind = (starts[tile][:, None] + offset[None])[:, :, None] - keys[:, None]
+        seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(-1))
+        weights = jnp.exp(scores - new_top[..., None])
+        shrink = jnp.exp(top - new_top)
+        total = total * shrink + weights.sum(-1)
+        # Chosen, not multiplied by 0: the tile before may have left NaN.
+        acc = jnp.where(begins[..., None], 0.0, acc * shrink[..., None])
+        acc = acc + jnp.einsum("nkru,nukd->nkrd", weights, kv[:, :, 1])
+        out = out.at[tile].set((acc / jnp.maximum(total, 1e-30)[..., None]).astype(out.dtype))
+        done = run >= last[tile]
+        next_tile = order[jnp.minimum(taken + jnp.cumsum(done, dtype=jnp.int32) - 1, num_tiles)]
+        tile = jnp.where(done, next_tile, tile)
+        run = jnp.where(done, first[tile], run + 1)
+        return _Lanes(tile, run, new_top, total, acc), taken + jnp.sum(done, dtype=jnp.int32), out
 
-        def one_turn(turn_index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            top, total, acc = carry
-            ids = jnp.clip(lax.dynamic_slice_in_dim(table, turn_index * turn, turn, 1), 0, pages.shape[0] - 1)
-            kv = _whole_pages(pages, ids).astype(jnp.float32)
-            if scales is not None:
-                kv = kv * scales[ids].astype(jnp.float32)[..., None]
-            kv = kv.reshape(group, span, 2, kv_heads, dim)
-            scores = jnp.einsum("nkrd,nukd->nkru", q, kv[:, :, 0])
-            if softcap is not None:
-                scores = softcap * jnp.tanh(scores / softcap)
-            behind = position[:, :, None] - (turn_index * span + jnp.arange(span, dtype=jnp.int32))[None, None]
-            seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-            scores = jnp.where(seen[:, None], scores, -jnp.inf)
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.exp(scores - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
-            acc = acc * shrink[..., None] + jnp.einsum("nkru,nukd->nkrd", weights, kv[:, :, 1])
-            return new_top, total * shrink + weights.sum(-1), acc
+    def is_busy(state: tuple[_Lanes, Array, Array]) -> Array:
+        return jnp.any(ends[state[0].tile] > 0)
 
-        end = jnp.max(ends[members])
-        begin = jnp.zeros((), jnp.int32)
-        if window is not None:
-            begin = jnp.min(jnp.where(length > 0, jnp.maximum(start - window + 1, 0), end)) // span
-        acc = jnp.zeros((*first_max.shape, dim), jnp.float32)
-        _, total, acc = lax.fori_loop(begin, (end + span - 1) // span, one_turn, (first_max, first_sum, acc))
-        # [N, K, rows, D] -> [N, Q, H, D]
-        result = (acc / jnp.maximum(total, 1e-30)[..., None]).reshape(group, kv_heads, -1, tile, dim)
-        result = result.transpose(0, 3, 1, 2, 4).reshape(group, tile, heads, dim)
-        result = jnp.where((offset[None] < length[:, None])[:, :, None, None], result, 0.0).astype(out.dtype)
-        return lax.dynamic_update_slice_in_dim(out, result, index * group, 0)
-
-    # Padding comes last in the order; the zeros there are `out` as it begins.
-    groups = (jnp.count_nonzero(ends > 0) + group - 1) // group
-    out = lax.fori_loop(0, groups, one_group, jnp.zeros((num_tiles + padding, tile, heads, dim), tiles.q.dtype))
-    return jnp.zeros_like(tiles.q).at[order].set(out)
+    softmax = jnp.zeros((lanes, kv_heads, rows), jnp.float32)
+    begin = _Lanes(order[:lanes], first[order[:lanes]], softmax, softmax, jnp.zeros((*softmax.shape, dim), jnp.float32))
+    out = jnp.zeros((num_tiles + 1, kv_heads, rows, dim), tiles.q.dtype)
+    _, _, out = lax.while_loop(is_busy, one_turn, (begin, jnp.asarray(lanes, jnp.int32), out))
+    # [N, K, rows, D] -> [N, Q, H, D]
+    out = out[:num_tiles].reshape(num_tiles, kv_heads, -1, size, dim).transpose(0, 3, 1, 2, 4)
+    real = jnp.arange(size, dtype=jnp.int32)[None] < tiles.lengths[:, None]
+    return jnp.where(real[:, :, None, None], out.reshape(tiles.q.shape), jnp.zeros((), out.dtype))
 
 
 def _whole_pages(pages: Array, ids: Int[Array, "N C"]) -> Array:

@@ -222,6 +222,19 @@ def test_a_sequences_numbers_do_not_depend_on_its_batch():
     assert np.array_equal(shuffled, together[order])
 
 
+def test_a_broken_sequence_breaks_no_other():
+    rng = np.random.default_rng(10)
+    lens = [200, 90, 80, 70, 0, 60, 50, 40]
+    pool = Pool(rng, lens, 16, 2, 32)
+    pool.pages[pool.table[0, :13]] = np.nan  # the longest, so that others are computed where it was
+    table = np.where(np.arange(pool.table.shape[1])[None] * 16 < pool.kv_lens[:, None], pool.table, 0)
+    q = rng.standard_normal((len(lens), 4, 32)).astype(np.float32)
+    got = jax.jit(partial(paged_attention, scale=0.2))(q, pool.pages, table, pool.kv_lens)
+    assert np.all(np.isnan(got[0]))
+    for s in (1, 2, 3, 5, 6, 7):
+        np.testing.assert_allclose(got[s], exact(q[s : s + 1], pool.k[s], pool.v[s], 0.2, Options())[0], atol=1e-5)
+
+
 def test_wrong_shapes_are_refused_with_both_numbers(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
     pages = jnp.zeros((4, 16, 2, 2, 32))
