@@ -425,8 +425,8 @@ class _no_compilation:
         assert self.compiled == []
 
 
-def test_no_step_copies_the_pool(llm):
-    runner = llm.engine.runner
+def test_no_step_copies_the_pool():
+    runner = make(num_pages=32768, host_cache_gb=2**-9).engine.runner  # far more memory than activations take
     pool_bytes = sum(pool.nbytes for pool in jax.tree.leaves(runner.cache))
     for whole in (runner.functions.scrub(), runner.functions.copy_pages(), runner.functions.write_pages()):
         assert whole.memory_analysis().alias_size_in_bytes >= pool_bytes
@@ -437,4 +437,4 @@ def test_no_step_copies_the_pool(llm):
         memory = runner.functions.forward(bucket).memory_analysis()
         assert memory.alias_size_in_bytes >= pool_bytes
         activations = 64 * bucket.num_tokens * (VOCAB + 48 + 8 * 32) * 4 + 2**20
-        assert memory.temp_size_in_bytes < activations
+        assert memory.temp_size_in_bytes < activations < pool_bytes / 2

@@ -115,8 +115,13 @@ def write_pages(cache: KVCache, page_ids: Int[Array, " N"], pages: tuple[Pool, .
 
 
 def _put(slots_of: Array, values: Array, slots: Int[Array, " T"]) -> Array:
-    """values [T, ...] at these slots of pages [P, page_size, ...]."""
+    """values [T, ...] at these slots of pages [P, page_size, ...].
+
+    XLA on CPU would copy the whole pool to write one row: so there are two, of which one is dropped.
+    """
     pages, page_size, *rest = slots_of.shape
+    if len(slots) == 1:
+        values, slots = jnp.concatenate([values, values]), jnp.pad(slots, (0, 1), constant_values=pages * page_size)
     return slots_of.reshape(pages * page_size, *rest).at[slots].set(values, mode="drop").reshape(slots_of.shape)
 
 
