@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -425,8 +427,12 @@ class _no_compilation:
         assert self.compiled == []
 
 
-def test_no_step_copies_the_pool():
-    runner = make(num_pages=32768, host_cache_gb=2**-9).engine.runner  # far more memory than activations take
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_no_step_copies_the_pool(kv_heads):
+    block = replace(_BLOCK, mixer=replace(_BLOCK.mixer, kv_heads=kv_heads))
+    spec = replace(SPEC, blocks=(block,) * 2)
+    settings = ROOMY | {"num_pages": 32768, "host_cache_gb": 2**-9}  # far more memory than activations take
+    runner = LLM((spec, dummy_params(spec)), warmup=False, **settings).engine.runner
     pool_bytes = sum(pool.nbytes for pool in jax.tree.leaves(runner.cache))
     for whole in (runner.functions.scrub(), runner.functions.copy_pages(), runner.functions.write_pages()):
         assert whole.memory_analysis().alias_size_in_bytes >= pool_bytes

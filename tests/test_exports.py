@@ -129,3 +129,8 @@ def test_the_command_writes_a_folder_that_llm_starts_from(exported, weights, tmp
     assert main(["export", str(exported), str(tmp_path / "more"), "--platforms", "rocm", *flags]) == 2
     assert "cannot export for 'rocm'" in capsys.readouterr().err
     assert not (tmp_path / "more").exists()
+
+
+def test_a_model_with_a_single_kv_head_is_written_down_too(tmp_path):
+    block = replace(_BLOCK, mixer=replace(_BLOCK.mixer, kv_heads=1))
+    assert exports.write(tmp_path, replace(SPEC, blocks=(block,)), np.float32, CONFIG, ["cpu"]) > 10

@@ -51,6 +51,7 @@ _FREE = {
 }
 # The Pallas kernels. JAX promises nothing of their form from one version to the next, so `read` asks for the same one.
 _KERNELS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")
+_LAYOUT = "LayoutConstraint"  # says how axes are ordered; older than any jax that we take
 
 
 class Export(NamedTuple):
@@ -172,7 +173,7 @@ def read(folder: str | Path, **settings: Any) -> Export:
 
 
 def _writer(steps: Path, platform: str) -> Build:
-    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (*_KERNELS, _LAYOUT)]
 
     def build(name: str, jitted: Jitted, shapes: tuple[Any, ...]) -> Lowered:
         function, options = jitted

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxpaged.model.spec import Decoder
@@ -117,12 +118,14 @@ def write_pages(cache: KVCache, page_ids: Int[Array, " N"], pages: tuple[Pool, .
 def _put(slots_of: Array, values: Array, slots: Int[Array, " T"]) -> Array:
     """values [T, ...] at these slots of pages [P, page_size, ...].
 
-    XLA on CPU would copy the whole pool to write one row: so there are two, of which one is dropped.
+    XLA on CPU would copy the whole pool to write one row: so there are two, of which one is dropped. So it would where
+    an axis of 1, such as a single kv head, leaves it to choose the order of axes: so the order is said.
     """
     pages, page_size, *rest = slots_of.shape
     if len(slots) == 1:
         values, slots = jnp.concatenate([values, values]), jnp.pad(slots, (0, 1), constant_values=pages * page_size)
-    return slots_of.reshape(pages * page_size, *rest).at[slots].set(values, mode="drop").reshape(slots_of.shape)
+    out = slots_of.reshape(pages * page_size, *rest).at[slots].set(values, mode="drop").reshape(slots_of.shape)
+    return with_layout_constraint(out, Layout(tuple(range(out.ndim)))) if 1 in rest else out
 
 
 def _quantise(kv: Float[Array, "T 2 K D"], dtype: Any) -> tuple[Array, Float[Array, "T 2 K"]]:
