@@ -133,4 +133,4 @@ def test_the_command_writes_a_folder_that_llm_starts_from(exported, weights, tmp
 
 def test_a_model_with_a_single_kv_head_is_written_down_too(tmp_path):
     block = replace(_BLOCK, mixer=replace(_BLOCK.mixer, kv_heads=1))
-    assert exports.write(tmp_path, replace(SPEC, blocks=(block,)), np.float32, CONFIG, ["cpu"]) > 10
+    assert exports.write(tmp_path, replace(SPEC, blocks=(block,)), np.float32, CONFIG, ["cpu"]) > 0
