@@ -104,7 +104,7 @@ def test_any_machine_exports_for_any_other(tmp_path):
     config = replace(CONFIG, page_size=16)
     exports.write(tmp_path, SPEC, np.dtype("bfloat16"), config, ["cuda", "tpu"], gpu="NVIDIA H200")
     cuda, tpu = (
-        jax.export.deserialize(bytearray((tmp_path / "steps" / platform / "forward-4-0-0.bin").read_bytes()))
+        jax.export.deserialize(bytearray((tmp_path / "steps" / platform / "forward-4-0-0-0.bin").read_bytes()))
         for platform in ("cuda", "tpu")
     )
     assert (cuda.platforms, tpu.platforms) == (("cuda",), ("tpu",))
