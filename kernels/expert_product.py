@@ -10,17 +10,13 @@ NVIDIA GPUs. XLA alone would copy a matrix for each block, or multiply all rows 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxpaged.kernels.backend import Backend, choose
 from jaxpaged.kernels.forward_only import forward_only
-from jaxpaged.kernels.tiles import current_device
 
-Backend = Literal["auto", "reference", "triton"]
-_BACKENDS = ("auto", "reference", "triton")
 _BLOCK_ROWS = {"reference": (8, 32), "triton": (16, 64)}
 """Rows of a block, where an expert has fewer than 16 rows on average and where it has more. On two CPU cores, of 64
 experts of 1024 x 256, 8 a token, blocks of 8 take a third of the time of blocks of 32 for 16 tokens, and as long for
@@ -76,16 +72,6 @@ def expert_product(
     )
     product: Array = guarded(rows, weights, experts, num_used)
     return product
-
-
-def choose(backend: Backend, *, interpret: bool = False) -> Backend:
-    """The backend that `auto` is here; others as they are."""
-    if backend not in _BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_BACKENDS)}")
-    if backend != "auto":
-        return backend
-    device = current_device()
-    return "triton" if interpret or (device.platform == "gpu" and "NVIDIA" in device.name) else "reference"
 
 
 def _reference(

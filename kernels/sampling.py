@@ -14,17 +14,14 @@ falls between two to the last bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxpaged.kernels.backend import Backend, choose
 from jaxpaged.kernels.forward_only import forward_only
-from jaxpaged.kernels.tiles import current_device
 
-Backend = Literal["auto", "reference", "triton"]
-_BACKENDS = ("auto", "reference", "triton")
 _BLOCK = 128  # tokens a block of the reference's cumulative distribution holds
 
 
@@ -73,16 +70,6 @@ def draw(
     guarded = forward_only(op, "drawing a token has no gradient; differentiate its log-probability instead")
     tokens: Array = guarded(logits, uniform, temperature, top_k, top_p, min_p)
     return tokens
-
-
-def choose(backend: Backend, *, interpret: bool = False) -> Backend:
-    """The backend that `auto` is here; others as they are."""
-    if backend not in _BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_BACKENDS)}")
-    if backend != "auto":
-        return backend
-    device = current_device()
-    return "triton" if interpret or (device.platform == "gpu" and "NVIDIA" in device.name) else "reference"
 
 
 def _reference(

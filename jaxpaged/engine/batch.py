@@ -90,7 +90,7 @@ def make_buckets(
         mixed += [Bucket(n, size + -(n + size) % multiple, chunks) for n in (0, max_num_seqs)]
     if max_num_seqs == num_shards == 1:
         mixed = [b for b in mixed if b.num_decodes == 0]
-    tokens = {n for n in (4, 8, 16, 32, 64, 128, 256, 512) if n < max_drafted_tokens} | {max_drafted_tokens} - {0}
+    tokens = {n for n in (4, 8, 16, 32, 64, 128) if n < max_drafted_tokens} | {max_drafted_tokens} - {0}
     seqs = {n: min(n - 1, max_num_seqs) for n in tokens}
     drafted = [Bucket(0, n, count, n - count) for n, count in seqs.items()]
     return sorted(decode + mixed + drafted, key=lambda b: b.num_tokens)

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxpaged.kernels.expert_product import Backend, block_rows, expert_product
+from jaxpaged.kernels.backend import Backend
+from jaxpaged.kernels.expert_product import block_rows, expert_product
 from jaxpaged.model.ffn import activation, feed_forward
 from jaxpaged.model.linear import linear
 from jaxpaged.model.params import expert_specs, is_param_spec

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxpaged.kernels.sampling import Backend, choose, draw
+from jaxpaged.kernels.backend import Backend, choose
+from jaxpaged.kernels.sampling import draw
 from jaxpaged.model.blocks import in_blocks
 from jaxpaged.model.decoder import logits as head_logits
 from jaxpaged.model.params import Params
