@@ -11,6 +11,7 @@ import pytest
 from tiny_chat_model import write_chat_model
 
 from jaxpaged import LLM, Engine, EngineConfig, RequestError, SamplingParams
+from jaxpaged.engine.step_functions import StepFunctions
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.decoder import apply
 from jaxpaged.model.params import dummy_params
@@ -444,3 +445,31 @@ def test_no_step_copies_the_pool(kv_heads):
         assert memory.alias_size_in_bytes >= pool_bytes
         activations = 64 * bucket.num_tokens * (VOCAB + 48 + 8 * 32) * 4 + 2**20
         assert memory.temp_size_in_bytes < activations < pool_bytes / 2
+
+
+def test_layers_share_one_table_of_angles_and_the_memory_of_activations():
+    def step(num_layers):
+        spec = replace(SPEC, blocks=(_BLOCK,) * num_layers)
+        runner = LLM((spec, dummy_params(spec)), warmup=False, **ROOMY | {"max_num_batched_tokens": 512}).engine.runner
+        return runner.functions.forward(runner.buckets[-1])
+
+    two, twelve = step(2), step(12)
+    assert twelve.as_text().count(" cosine(") == two.as_text().count(" cosine(") == 1
+    two, twelve = (s.memory_analysis().temp_size_in_bytes for s in (two, twelve))
+    assert twelve < 1.1 * two
+
+
+def test_warm_up_takes_a_step_of_every_bucket_and_leaves_the_pool_empty(monkeypatch):
+    taken = []
+    forward = StepFunctions.forward
+
+    def counted(functions, bucket):
+        compiled = forward(functions, bucket)
+        return lambda *args: taken.append(bucket) or compiled(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StepFunctions, "forward", counted)
+        llm = make(warmup=True)
+    assert taken == llm.engine.runner.buckets
+    assert all(not pool.any() for pool in jax.tree.leaves(llm.engine.runner.cache))
+    assert run(llm, PROMPTS[0], SamplingParams(temperature=0, max_tokens=4)).token_ids == greedy(PROMPTS[0], 4)

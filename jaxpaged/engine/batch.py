@@ -73,13 +73,13 @@ def make_buckets(
 ) -> list[Bucket]:
     """The shapes worth compiling, smallest first: few, because each takes seconds to compile.
 
-    Steps that only decode come in 1, 4, 16, doublings and the middles between those from 16 to 64 (without them 64
+    Steps that only decode come in 1, 4, 8, doublings and the middles between those from 16 to 64 (without them 64
     requests of mixed lengths took 5 % longer on a CPU); steps with chunks have either no decode row or all of them, and
     64, 192, 512, ... chunk tokens. None that only decodes has fewer rows than `fewest_decodes`. All data shards take
     one bucket: of `num_shards`, one may decode while another computes a chunk. All tokens of a step with chunks are a
     multiple of `multiple`. Steps with drafts have 4, 8, 16, ... up to `max_drafted_tokens` tokens.
     """
-    rows = {n for n in (1, 4, 16, 24, 32, 48, 64, 128, 256, 512, 1024) if n < max_num_seqs} | {max_num_seqs}
+    rows = {n for n in (1, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024) if n < max_num_seqs} | {max_num_seqs}
     rows = {max(n, fewest_decodes) for n in rows}
     decode = [Bucket(n, 0, 0) for n in sorted(rows)]
     sizes = {n for n in (64, 192, 512, 2048, 8192, 32768) if n < max_num_batched_tokens} | {max_num_batched_tokens}

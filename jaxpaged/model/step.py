@@ -173,8 +173,8 @@ def _through(
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0], pool
 
     mixture = _mixture(attention_backend, placement, _row_axis(inputs))
-    positions, rope_lens = cut(inputs.positions), cut(inputs.rope_lens)
-    x, pools = through_layers(layers, x, positions, rope_lens, blocks, cache.pools, attend, mixture)
+    where = inputs.positions, inputs.rope_lens
+    x, pools = through_layers(layers, x, *where, blocks, cache.pools, attend, mixture)
     return x, KVCache(pools)
 
 
