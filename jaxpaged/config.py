@@ -42,7 +42,7 @@ class EngineConfig(Settings):
     max_num_partial_prefills      most prompts under way that need another step; None: no limit
     max_num_queued_requests       most requests that wait, preempted ones included; None: no limit
     seed                          for requests that bring none
-    cache_dtype                   of the pool; auto: the weights' dtype; fp8 is fp8_e4m3
+    cache_dtype                   of the pool; auto: the weights' dtype, on CPUs float32; fp8 is fp8_e4m3
     attention_backend             auto: the kernels that fit the device, else plain jnp, which is "reference"
     speculative_config            guess tokens ahead and check several in one step: a SpeculativeConfig, or its fields
     batch_invariant               a token's logprob has the same bits in any batch; slower (docs/training.md)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpaged.kernels.paged_attention import Backend
 from jaxpaged.model.blocks import in_blocks
-from jaxpaged.model.cache import KVCache, Pool, init_cache
+from jaxpaged.model.cache import KVCache, Pool, auto_dtype, init_cache
 from jaxpaged.model.decoder import apply
 from jaxpaged.model.params import Params
 from jaxpaged.model.sampling import logprobs_in_blocks
@@ -187,7 +187,7 @@ def score(
 ) -> Float[Array, "S T-1"]:
     """log p(token | those before it) of every token but each sequence's first; 0 past a sequence's length.
 
-    Computed as the engine computes prompts, through pages (of the weights' dtype, or `cache_dtype`); differentiable in
+    Computed as the engine computes prompts, through pages of `cache_dtype`, by default the engine's; differentiable in
     `params`, backwards through the dense form of the same model (`apply`). With `batch_invariant`, and pages as the
     engine's, the values are those that an engine with this setting gives, to the last bit: see docs/training.md.
     """
@@ -200,7 +200,9 @@ def _score(how: _How, params: Params, tokens: Array, lengths: Array) -> Array:
     size = how.page_size
     pages_each = -(-width // size)
     table = 1 + jnp.arange(num_seqs * pages_each, dtype=jnp.int32).reshape(num_seqs, pages_each)
-    cache = init_cache(how.spec, num_seqs * pages_each + 1, size, how.cache_dtype or params["embed"]["w"].dtype)
+    cache = init_cache(
+        how.spec, num_seqs * pages_each + 1, size, how.cache_dtype or auto_dtype(params["embed"]["w"].dtype)
+    )
     place = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (num_seqs, width))
     slots = jnp.take_along_axis(table, place // size, 1) * size + place % size
     everything = num_seqs * width

@@ -78,7 +78,10 @@ def _reference(
     rows: Float[Array, "N B M"], weights: Float[Array, "E M F"], experts: Int[Array, " N"], num_used: Int[Array, ""]
 ) -> Float[Array, "N B F"]:
     def one(index: Array, out: Array) -> Array:
-        return out.at[index].set(rows[index] @ weights[experts[index]])
+        product = jnp.matmul(rows[index], weights[experts[index]], preferred_element_type=jnp.float32)
+        return out.at[index].set(
+            product.astype(out.dtype)
+        )  # bfloat16 asked for, XLA on CPU is slow: see model/linear.py
 
     out: Array = lax.fori_loop(0, num_used, one, jnp.zeros((*rows.shape[:2], weights.shape[2]), rows.dtype))
     return out

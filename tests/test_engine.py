@@ -447,6 +447,21 @@ def test_no_step_copies_the_pool(kv_heads):
         assert memory.temp_size_in_bytes < activations < pool_bytes / 2
 
 
+def test_on_a_cpu_no_step_turns_weights_of_bfloat16_or_their_pool_into_float32(caplog):
+    spec = replace(SPEC, blocks=(replace(_BLOCK, ffn=replace(_BLOCK.ffn, dim=8192)),) * 2)
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), dummy_params(spec))
+    settings = ROOMY | {"num_pages": 4096, "warmup": False}
+    runner = LLM((spec, params), **settings).engine.runner
+    assert not caplog.records
+    for bucket in runner.buckets:
+        temporary = runner.functions.forward(bucket).memory_analysis().temp_size_in_bytes
+        assert temporary < 32 * 8192 * 4 + 10 * bucket.num_tokens * 8192 * 4  # one weight of three a layer; activations
+    written = LLM((spec, params), cache_dtype="bfloat16", **settings).engine.runner
+    pool = sum(leaf.nbytes for leaf in jax.tree.leaves(written.cache))
+    assert written.functions.forward(written.buckets[-1]).memory_analysis().temp_size_in_bytes > pool / 2
+    assert [record.message[:49] for record in caplog.records] == ["on a CPU XLA turns a pool of bfloat16 into float3"]
+
+
 def test_layers_share_one_table_of_angles_and_the_memory_of_activations():
     def step(num_layers):
         spec = replace(SPEC, blocks=(_BLOCK,) * num_layers)

@@ -46,6 +46,7 @@ from jaxpaged.errors import ConfigError
 from jaxpaged.kernels.tiles import current_device
 from jaxpaged.model.cache import (
     KVCache,
+    auto_dtype,
     cache_shapes,
     page_bytes,
     pool_dtype,
@@ -59,7 +60,9 @@ log = logging.getLogger("jaxpaged")
 
 _NOTHING: Any = np.empty(0)
 _NO_LOGPROBS = Logprobs(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
-_FEWEST_DECODES = 4  # on a GPU XLA makes products of one row in more pieces: 20 kernels a layer instead of 14
+# On a GPU XLA makes products of one row in more pieces: 20 kernels a layer instead of 14. On a CPU it turns weights of
+# bfloat16 into float32 for one: ten times the time.
+_FEWEST_DECODES = 4
 
 
 class PromptPart(NamedTuple):
@@ -121,10 +124,17 @@ class Runner:
         on_cpu = current_device().platform == "cpu"
         self.max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
         self.max_num_batched_tokens = max(self.max_num_batched_tokens, config.max_num_seqs)
-        dtype = params["embed"]["w"].dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
+        weights = params["embed"]["w"].dtype
+        dtype = auto_dtype(weights) if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
+        if on_cpu and dtype != jnp.int8 and dtype.itemsize < 4:
+            log.warning(
+                "on a CPU XLA turns a pool of %s into float32 and back at every step, whole; "
+                "give cache_dtype='auto' or 'int8'",
+                dtype.name,
+            )
         self.page_bytes = page_bytes(spec, config.page_size, dtype)
         on_one = spec if placement is None else placement.on_one(spec)
-        fit = PoolFit(on_one, params["embed"]["w"].dtype, dtype, config)
+        fit = PoolFit(on_one, weights, dtype, config)
         self.num_pages = num_pages = (
             fit.check(config.num_pages)
             if config.num_pages
@@ -140,7 +150,7 @@ class Runner:
             self._make_pool()
         self.num_host_pages = host_pages(config, self.page_bytes)
         self._host = HostPages(self.cache.pools, self.num_host_pages)
-        fewest = 1 if on_cpu else _FEWEST_DECODES
+        fewest = 1 if on_cpu and weights != jnp.bfloat16 else _FEWEST_DECODES
         self.buckets = batch.make_buckets(
             config.max_num_seqs,
             self.max_num_batched_tokens,

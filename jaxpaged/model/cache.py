@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from jaxpaged.kernels.tiles import current_device
 from jaxpaged.model.spec import Decoder
 
 _NAMES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}  # vLLM's
@@ -57,6 +58,13 @@ def pool_dtype(name: Any) -> jnp.dtype:
     if dtype.name not in _DTYPES:
         raise ValueError(f"a pool cannot be of {dtype.name}; known: {', '.join((*_DTYPES, *_NAMES))}")
     return dtype
+
+
+def auto_dtype(weights: Any) -> np.dtype[Any]:
+    """The dtype of pools for weights of this one, where nobody says: the same, but on CPUs float32. XLA there
+    writes into 16-bit numbers by turning the whole pool into float32 and back, in each layer of each step.
+    """
+    return np.dtype(np.float32 if current_device().platform == "cpu" else weights)
 
 
 def init_cache(spec: Decoder, num_pages: int, page_size: int, dtype: jnp.dtype | str) -> KVCache:
