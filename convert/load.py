@@ -30,7 +30,7 @@ from jaxpaged.convert.checkpoint import (
     read_config,
 )
 from jaxpaged.convert.families import Family, family_of
-from jaxpaged.convert.rules import Part, Rule, copy, hf_shapes, load_leaves
+from jaxpaged.convert.rules import HeadPart, Part, Rule, copy, hf_shapes, load_leaves
 from jaxpaged.convert.stored_tensor import BYTES_READ, Array, StoredTensor
 from jaxpaged.errors import CheckpointError
 from jaxpaged.model.params import Params, ParamSpec, ReadPart, flatten, map_specs, param_specs
@@ -131,8 +131,14 @@ def describe(path: str | Path) -> Described:
 
 def leaves(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Iterator[tuple[str, Array]]:
     """(path, array) of every leaf, cast to `dtype`, in the order of the recipe's rules."""
+    dtypes = leaf_dtypes(recipe.spec, dtype)
     for path, array in load_leaves(recipe.rules, checkpoint.read):
-        yield path, array.astype(dtype, copy=False)
+        yield path, array.astype(dtypes[path], copy=False)
+
+
+def leaf_dtypes(spec: Decoder, dtype: np.dtype[Any]) -> dict[str, np.dtype[Any]]:
+    """What each leaf is cast to: `dtype`, but for those that keep their own."""
+    return {path: np.dtype(leaf.dtype or dtype) for path, leaf in flatten(param_specs(spec))}
 
 
 def readers(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Iterator[tuple[str, ReadPart]]:
@@ -141,10 +147,10 @@ def readers(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Ite
     What a rule does to several tensors at once needs them whole: then they are, and the log says so.
     """
 
-    def of_part(tensor: StoredTensor, part: Part) -> ReadPart:
+    def of_part(tensor: StoredTensor, part: Part | HeadPart, dtype: np.dtype[Any]) -> ReadPart:
         return lambda *index: part.read(tensor, index).astype(dtype, copy=False)
 
-    def of_stack(tensors: Sequence[StoredTensor], part: Part) -> ReadPart:
+    def of_stack(tensors: Sequence[StoredTensor], part: Part | HeadPart, dtype: np.dtype[Any]) -> ReadPart:
         def read(*index: NDArray[np.int64]) -> Array:
             out = np.empty([len(axis) for axis in index], dtype)
             for one, number in zip(out, index[0].tolist(), strict=True):
@@ -153,17 +159,19 @@ def readers(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Ite
 
         return read
 
-    def of_whole(leaf: Array) -> ReadPart:
+    def of_whole(leaf: Array, dtype: np.dtype[Any]) -> ReadPart:
         return lambda *index: leaf[np.ix_(*index)].astype(dtype, copy=False)
 
+    dtypes = leaf_dtypes(recipe.spec, dtype)
     for rule in recipe.rules:
+        own = [dtypes[path] for path in rule.paths]
         if rule.parts is not None:
             tensors = [checkpoint.tensors[name] for name in rule.sources]
             read = partial(of_stack, tensors) if rule.stacks else partial(of_part, tensors[0])
-            yield from zip(rule.paths, map(read, rule.parts), strict=True)
+            yield from zip(rule.paths, map(read, rule.parts, own), strict=True)
         else:
             log.info("%s cannot be read in parts and is read whole", ", ".join(rule.sources))
-            yield from ((path, of_whole(leaf)) for path, leaf in load_leaves([rule], checkpoint.read))
+            yield from ((path, of_whole(leaf, dtypes[path])) for path, leaf in load_leaves([rule], checkpoint.read))
 
 
 def recipe_for(checkpoint: Checkpoint) -> Recipe:

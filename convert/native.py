@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxpaged.convert.checkpoint import CONFIG, HF_CONFIG, SPEC, Checkpoint
 from jaxpaged.convert.families import family_of
-from jaxpaged.convert.load import Recipe, leaves
+from jaxpaged.convert.load import Recipe, leaf_dtypes, leaves
 from jaxpaged.convert.rules import hf_shapes, load_leaves, store_tensors
 from jaxpaged.convert.safetensors_reader import inside
 from jaxpaged.convert.safetensors_writer import MAX_SHARD_BYTES, write_folder
@@ -55,9 +55,9 @@ def write_native(
     """Fill `folder` with the checkpoint in our own format."""
     specs = dict(flatten(param_specs(recipe.spec)))
     shapes = {path: specs[path].shape for rule in recipe.rules for path in rule.paths}
-    tensors = leaves(checkpoint, recipe, dtype)
+    tensors, dtypes = leaves(checkpoint, recipe, dtype), leaf_dtypes(recipe.spec, dtype)
     metadata = {"format": "jaxpaged"}
-    write_folder(folder, shapes, dtype, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
+    write_folder(folder, shapes, dtypes, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
     (folder / SPEC).write_text(to_json(recipe.spec), encoding="utf-8")
     _write_json(folder / HF_CONFIG, text_config(checkpoint.config))
     _copy_side_files(checkpoint, folder)
@@ -85,8 +85,10 @@ def write_hf(
     rules = family.rules(recipe.spec, ())
     shapes = hf_shapes(rules, recipe.spec)
     tensors = store_tensors(rules, _LeafReader(checkpoint, recipe).read)
+    own = leaf_dtypes(recipe.spec, dtype)
+    dtypes = {name: own[rule.paths[0]] for rule in rules for name in rule.sources}
     metadata = {"format": "pt"}  # transformers before version 5 refuses a file without it
-    write_folder(folder, shapes, dtype, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
+    write_folder(folder, shapes, dtypes, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
     old = {key: value for key, value in config.items() if key != "torch_dtype"}
     _write_json(folder / CONFIG, old | {"dtype": dtype.name})
     _copy_side_files(checkpoint, folder)
@@ -107,7 +109,7 @@ def save_params(path: str | Path, spec: Decoder, params: Params) -> None:
         write_folder(
             folder,
             {name: leaf.shape for name, leaf in given.items()},
-            dtype,
+            leaf_dtypes(spec, dtype),
             ((name, np.asarray(leaf)) for name, leaf in given.items()),
             metadata={"format": "jaxpaged"},
             progress=lambda num_bytes: None,

@@ -39,6 +39,27 @@ class Part(NamedTuple):
         return tensor.read_part(*found[::-1]).T if self.turned else tensor.read_part(*found)
 
 
+class HeadPart(NamedTuple):
+    """A leaf [H, rows, columns] as some rows of every head of a tensor [H * rows of a head, columns]; then turned."""
+
+    heads: int
+    rows: slice
+    turned: bool
+
+    def of(self, tensor: Any) -> Any:
+        """The leaf, of arrays of numpy or JAX; a view where it can be."""
+        leaf = tensor.reshape(self.heads, -1, tensor.shape[-1])[:, self.rows]
+        return leaf.swapaxes(1, 2) if self.turned else leaf
+
+    def read(self, tensor: StoredTensor, index: Sequence[NDArray[np.int64]]) -> Array:
+        """The leaf's elements at `index`, an index for each axis, and nothing else of the tensor."""
+        heads, rows, columns = (index[0], *index[:0:-1]) if self.turned else index
+        each = tensor.shape[0] // self.heads
+        found = heads[:, None] * each + np.arange(each)[self.rows][rows][None]
+        part = tensor.read_part(found.ravel(), columns).reshape(len(heads), len(rows), len(columns))
+        return part.swapaxes(1, 2) if self.turned else part
+
+
 @dataclass(frozen=True)
 class Rule:
     """The leaves `paths` and the HF tensors `sources` hold the same numbers.
@@ -53,7 +74,7 @@ class Rule:
     sources: tuple[str, ...]
     load: Transform
     store: Transform
-    parts: tuple[Part, ...] | None = None
+    parts: tuple[Part | HeadPart, ...] | None = None
     stacks: bool = False
 
 
@@ -87,14 +108,15 @@ def each_layer(prefix: str, modules: Table) -> dict[str | tuple[str, ...], str |
     return {ours(names): theirs(module) for names, module in modules.items()}
 
 
-def rules_for(spec: Decoder, table: Table) -> list[Rule]:
+def rules_for(spec: Decoder, table: Table, more: Sequence[Rule] = ()) -> list[Rule]:
     """The rules for every leaf of `spec`, `weight` being our `w`, `bias` our `b`. Entries for absent leaves drop out.
+    `more` are rules that no table can tell.
 
     Raises ValueError where the table says nothing about a leaf.
     """
     shapes = {path: leaf.shape for path, leaf in flatten(param_specs(spec))}
     modules = _expand(table, len(spec.blocks))
-    rules = [rule for names, module in modules for rule in _module_rules(names, module, shapes)]
+    rules = [*(rule for names, module in modules for rule in _module_rules(names, module, shapes)), *more]
     if uncovered := shapes.keys() - {path for rule in rules for path in rule.paths}:
         raise ValueError(
             f"the family's table does not say where these leaves come from: {', '.join(sorted(uncovered))}"
@@ -156,6 +178,19 @@ def interleaved(paths: Sequence[str], source: str, sizes: Sequence[int], num_hea
     return _in_parts(paths, source, [Part(transposed, columns[:, j].ravel()) for j in range(len(paths))], store)
 
 
+def by_head(paths: Sequence[str], source: str, heads: int, sizes: Sequence[int], turned: Sequence[bool]) -> Rule:
+    """One linear's [heads * sum(sizes), in] as leaves [heads, size, in], or [heads, in, size] where they are turned."""
+    ends = np.cumsum(sizes).tolist()
+    rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    parts = [HeadPart(heads, some, is_turned) for some, is_turned in zip(rows, turned, strict=True)]
+
+    def store(leaves: Sequence[Array]) -> Sequence[Array]:
+        back = [leaf.swapaxes(1, 2) if is_turned else leaf for leaf, is_turned in zip(leaves, turned, strict=True)]
+        return [_namespace(leaves).concatenate(back, axis=1).reshape(-1, back[0].shape[-1])]
+
+    return _in_parts(paths, source, parts, store)
+
+
 def stacked(path: str, sources: Sequence[str]) -> Rule:
     """Linears' weights, one after another along the leaf's first axis (the experts of a mixture)."""
 
@@ -165,7 +200,7 @@ def stacked(path: str, sources: Sequence[str]) -> Rule:
     return Rule((path,), tuple(sources), load, lambda xs: [x.T for x in xs[0]], (Part(turned=True),), stacks=True)
 
 
-def _in_parts(paths: Sequence[str], source: str, parts: Sequence[Part], store: Transform) -> Rule:
+def _in_parts(paths: Sequence[str], source: str, parts: Sequence[Part | HeadPart], store: Transform) -> Rule:
     def load(tensors: Sequence[Array]) -> Sequence[Array]:
         return [part.of(tensors[0]) for part in parts]
 

@@ -27,31 +27,32 @@ class _Shard(NamedTuple):
 def write_folder(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype[Any],
+    dtypes: Mapping[str, np.dtype[Any]],
     tensors: Iterable[tuple[str, Array]],
     *,
     metadata: Mapping[str, str],
     progress: Callable[[int], object],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `tensors`, which come in the order of `shapes`, as `dtype`: one file, or shards and their index.
+    """Write `tensors`, which come in the order of `shapes`, as `dtypes` say: one file, or shards and their index.
 
     `progress(n)` is called after every n bytes.
     """
-    shards = _split(shapes, dtype, max_shard_bytes)
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards = _split(sizes, max_shard_bytes)
     incoming = iter(tensors)
     for shard in shards:
         with (folder / shard.file).open("wb") as stream:
-            stream.write(_header({name: shapes[name] for name in shard.names}, dtype, metadata))
+            stream.write(_header({name: shapes[name] for name in shard.names}, dtypes, metadata))
             for name, (given, array) in zip(shard.names, incoming, strict=False):
                 if (given, array.shape) != (name, shapes[name]):
                     raise ValueError(f"{given} {array.shape} came where {name} {shapes[name]} was announced")
-                data = _in_rows(array.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
+                data = _in_rows(array.astype(dtypes[name], copy=False)).reshape(-1).view(np.uint8)
                 stream.write(data.data)
                 progress(data.nbytes)
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(_nbytes(shape, dtype) for shape in shapes.values())},
+            "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {name: shard.file for shard in shards for name in shard.names},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -68,12 +69,11 @@ def _in_rows(array: Array) -> Array:
     return rows
 
 
-def _split(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], max_bytes: int) -> Sequence[_Shard]:
+def _split(sizes: Mapping[str, int], max_bytes: int) -> Sequence[_Shard]:
     """The names in order, as many to a file as `max_bytes` hold; a larger tensor has a file to itself."""
     groups: list[list[str]] = [[]]
     room = max_bytes
-    for name, shape in shapes.items():
-        size = _nbytes(shape, dtype)
+    for name, size in sizes.items():
         if size > room and groups[-1]:
             groups.append([])
             room = max_bytes
@@ -86,16 +86,15 @@ def _split(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], max_byte
     ]
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], metadata: Mapping[str, str]) -> bytes:
+def _header(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype[Any]], metadata: Mapping[str, str]
+) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + _nbytes(shape, dtype)
+        dtype = dtypes[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
     return len(text).to_bytes(8, "little") + text
-
-
-def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    return math.prod(shape) * dtype.itemsize

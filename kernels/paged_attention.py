@@ -2,7 +2,8 @@
 
 These two functions are the public ops, useful without the engine. `pages` is one layer's pool,
 `[P, page_size, 2, K, D]` with keys at index 0 and values at index 1; `page_table[s]` lists the pages of sequence s in
-order. The tokens of a sequence, new ones included, have been written to their pages before the call.
+order. The tokens of a sequence, new ones included, have been written to their pages before the call. With `v_dim` pages
+are `[P, page_size, 1, K, D]`: a key's first `v_dim` numbers are its value (multi-head latent attention, absorbed).
 
 Every sequence is causal within itself. `scale` multiplies q.k, `softcap` bounds the scores as softcap * tanh(x /
 softcap), `window` counts the keys that a query sees with itself among them, `sinks` [H] adds one logit per head to the
@@ -56,25 +57,26 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-    scales: Float[Array, "P page_size 2 K"] | None = None,
+    scales: Float[Array, "P page_size sides K"] | None = None,
+    v_dim: int | None = None,
     backend: Backend = "auto",
     interpret: bool = False,
     block_k: int | None = None,
     num_splits: int | None = None,
     num_warps: int | None = None,
     num_stages: int | None = None,
-) -> Float[Array, "S H D"]:
+) -> Float[Array, "S H V"]:
     """Decode: row s of q is the newest of sequence s's kv_lens[s] tokens.
 
     `num_splits` is into how many parts sequences are cut on average, the long ones into more. Raises ValueError on
     wrong shapes, and on a pool that the backend cannot read on this device.
     """
-    _check(q, pages, page_table, kv_lens)
+    _check(q, pages, page_table, kv_lens, v_dim)
     if q.shape[0] != kv_lens.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows but kv_lens has {kv_lens.shape[0]}; decode takes one query each")
     device = current_device()
-    if _choose(backend, device, interpret) == "reference":
-        op: _Function = partial(reference.paged_attention, scale=scale, window=window, softcap=softcap)
+    if _choose(backend, device, interpret, v_dim) == "reference":
+        op: _Function = partial(reference.paged_attention, scale=scale, window=window, softcap=softcap, v_dim=v_dim)
         return _forward_only(op, q, pages, page_table, kv_lens, sinks=sinks, scales=scales)
     given = {"block_k": block_k, "num_warps": num_warps, "num_stages": num_stages}
     kernels, sizes = _kernels("decode", q, pages, scales, scale, backend, device, interpret, **given)
@@ -105,24 +107,26 @@ def ragged_paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-    scales: Float[Array, "P page_size 2 K"] | None = None,
+    scales: Float[Array, "P page_size sides K"] | None = None,
+    v_dim: int | None = None,
     backend: Backend = "auto",
     interpret: bool = False,
     block_q: int | None = None,
     block_k: int | None = None,
     num_warps: int | None = None,
     num_stages: int | None = None,
-) -> Float[Array, "T H D"]:
+) -> Float[Array, "T H V"]:
     """Any mix of prompt chunks and single tokens: rows cu_q_lens[s]:cu_q_lens[s + 1] of q are the newest of kv_lens[s].
 
     Raises ValueError on wrong shapes, and on a pool that the backend cannot read on this device.
     """
-    _check(q, pages, page_table, kv_lens)
+    _check(q, pages, page_table, kv_lens, v_dim)
     if cu_q_lens.shape[0] != kv_lens.shape[0] + 1:
         raise ValueError(f"cu_q_lens has {cu_q_lens.shape[0]} entries; {kv_lens.shape[0]} sequences need one more")
     device = current_device()
-    if _choose(backend, device, interpret) == "reference":
-        op: _Function = partial(reference.ragged_paged_attention, scale=scale, window=window, softcap=softcap)
+    if _choose(backend, device, interpret, v_dim) == "reference":
+        meaning: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "v_dim": v_dim}
+        op: _Function = partial(reference.ragged_paged_attention, **meaning)
         return _forward_only(op, q, pages, page_table, cu_q_lens, kv_lens, sinks=sinks, scales=scales)
     given = {"block_q": block_q, "block_k": block_k, "num_warps": num_warps, "num_stages": num_stages}
     kernels, sizes = _kernels("ragged", q, pages, scales, scale, backend, device, interpret, **given)
@@ -149,17 +153,26 @@ def _forward_only(op: _Function, *args: Array, **kwargs: Array | None) -> Array:
     return result
 
 
-def _choose(backend: str, device: Device, interpret: bool) -> str:
+def _choose(backend: str, device: Device, interpret: bool, v_dim: int | None = None) -> str:
     if backend not in _BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_BACKENDS)}")
+    if v_dim is not None:
+        if backend not in ("auto", "reference"):
+            raise ValueError(f"the {backend} backend does not read pages of keys alone (v_dim) yet: use reference")
+        return "reference"
     if backend != "auto":
         return backend
     return "triton" if interpret or (device.platform == "gpu" and "NVIDIA" in device.name) else "reference"
 
 
-def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array) -> None:
-    if q.ndim != 3 or pages.ndim != 5 or pages.shape[2] != 2:
-        raise ValueError(f"q must be [T, H, D] and pages [P, page_size, 2, K, D]; got {q.shape} and {pages.shape}")
+def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array, v_dim: int | None) -> None:
+    sides = 2 if v_dim is None else 1
+    if q.ndim != 3 or pages.ndim != 5 or pages.shape[2] != sides:
+        raise ValueError(
+            f"q must be [T, H, D] and pages [P, page_size, {sides}, K, D]; got {q.shape} and {pages.shape}"
+        )
+    if v_dim is not None and not 1 <= v_dim <= pages.shape[4]:
+        raise ValueError(f"v_dim is {v_dim}; it must be from 1 to the {pages.shape[4]} numbers of a key")
     if q.shape[1] % pages.shape[3] or q.shape[2] != pages.shape[4]:
         raise ValueError(
             f"q has {q.shape[1]} heads of {q.shape[2]}, pages {pages.shape[3]} of {pages.shape[4]}; "
@@ -171,8 +184,9 @@ def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array) -> None:
 
 def unreadable(pages: jax.ShapeDtypeStruct, backend: Backend = "auto") -> str | None:
     """Why the backend would not read such pages on this device, and what to do; None where it would."""
-    device = current_device()
-    return _unreadable(pages, device) if _choose(backend, device, False) == "triton" else None
+    device, is_shared = current_device(), pages.shape[2] == 1
+    chosen = _choose("auto" if is_shared else backend, device, False, 1 if is_shared else None)
+    return _unreadable(pages, device) if chosen == "triton" else None
 
 
 def _unreadable(pages: Array | jax.ShapeDtypeStruct, device: Device) -> str | None:

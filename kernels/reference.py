@@ -29,13 +29,13 @@ _FLOOR = -1e30  # stands for minus infinity: finite, so that a masked row yields
 def attention(
     q: Float[Array, "T H D"],
     k: Float[Array, "U K D"],
-    v: Float[Array, "U K D"],
+    v: Float[Array, "U K V"],
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-) -> Float[Array, "T H D"]:
+) -> Float[Array, "T H V"]:
     """Causal softmax attention of the last T of U tokens of one sequence; float32 inside, q's dtype out."""
     num_q, heads, dim = q.shape
     num_k, kv_heads, _ = k.shape
@@ -50,7 +50,7 @@ def attention(
         column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(kv_heads, -1, 1, 1), (*scores.shape[:3], 1))
         scores = jnp.concatenate([scores, column], -1)
     weights = jax.nn.softmax(scores, -1)[..., :num_k]
-    return jnp.einsum("kgtu,ukd->tkgd", weights, v.astype(jnp.float32)).reshape(num_q, heads, dim).astype(q.dtype)
+    return jnp.einsum("kgtu,ukd->tkgd", weights, v.astype(jnp.float32)).reshape(num_q, heads, -1).astype(q.dtype)
 
 
 class _Tiles(NamedTuple):
@@ -72,11 +72,12 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-    scales: Float[Array, "P page_size 2 K"] | None = None,
-) -> Float[Array, "S H D"]:
+    scales: Float[Array, "P page_size sides K"] | None = None,
+    v_dim: int | None = None,
+) -> Float[Array, "S H V"]:
     """One query per sequence, the newest token of `kv_lens`. See `jaxpaged.kernels.paged_attention`."""
     tiles = _Tiles(q[:, None], page_table, kv_lens - 1, jnp.minimum(kv_lens, 1))
-    return _attend(tiles, pages, scale, window, softcap, sinks, scales)[:, 0]
+    return _attend(tiles, pages, scale, window, softcap, sinks, scales, v_dim)[:, 0]
 
 
 def ragged_paged_attention(
@@ -90,8 +91,9 @@ def ragged_paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-    scales: Float[Array, "P page_size 2 K"] | None = None,
-) -> Float[Array, "T H D"]:
+    scales: Float[Array, "P page_size sides K"] | None = None,
+    v_dim: int | None = None,
+) -> Float[Array, "T H V"]:
     """Any number of newest tokens per sequence. See `jaxpaged.kernels.paged_attention`."""
     num_tokens, num_seqs = q.shape[0], kv_lens.shape[0]
     tile = _tile_size(num_tokens, num_seqs)
@@ -107,7 +109,7 @@ def ragged_paged_attention(
     rows = (cu_q_lens[seq] + within)[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
     real = jnp.arange(tile, dtype=jnp.int32)[None] < lengths[:, None]
     tiles = _Tiles(q[jnp.where(real, rows, 0)], page_table[seq], kv_lens[seq] - q_lens[seq] + within, lengths)
-    out = _attend(tiles, pages, scale, window, softcap, sinks, scales)
+    out = _attend(tiles, pages, scale, window, softcap, sinks, scales, v_dim)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     seq = jnp.minimum(jnp.searchsorted(cu_q_lens[1:], token, side="right"), num_seqs - 1)
     within = token - cu_q_lens[seq]
@@ -128,7 +130,7 @@ class _Lanes(NamedTuple):
     run: Int[Array, " L"]
     top: Float[Array, "L K rows"]
     total: Float[Array, "L K rows"]
-    acc: Float[Array, "L K rows D"]
+    acc: Float[Array, "L K rows V"]
 
 
 def _attend(
@@ -139,10 +141,12 @@ def _attend(
     softcap: float | None,
     sinks: Array | None,
     scales: Array | None,
-) -> Float[Array, "N Q H D"]:
+    v_dim: int | None,
+) -> Float[Array, "N Q H V"]:
     """Attention of every tile over its pages."""
     num_tiles, size, heads, dim = tiles.q.shape
-    page_size, kv_heads = pages.shape[1], pages.shape[3]
+    page_size, sides, kv_heads = pages.shape[1:4]
+    v_dim = dim if v_dim is None else v_dim
     lanes = min(max(num_tiles // 4, 2), 8 if size == 1 else 4, num_tiles)
     turn = max(1, _TOKENS_PER_TURN // page_size)  # pages that a lane reads in a turn
     span = turn * page_size
@@ -176,7 +180,7 @@ def _attend(
         kv = _whole_pages(pages, ids).astype(jnp.float32)
         if scales is not None:
             kv = kv * scales[ids].astype(jnp.float32)[..., None]
-        kv = kv.reshape(lanes, span, 2, kv_heads, dim)
+        kv = kv.reshape(lanes, span, sides, kv_heads, dim)
         scores = jnp.einsum("nkrd,nukd->nkru", q[tile], kv[:, :, 0])
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -190,9 +194,9 @@ def _attend(
         total = total * shrink + weights.sum(-1)
         # Chosen, not multiplied by 0: the tile before may have left NaN.
         acc = jnp.where(begins[..., None], 0.0, acc * shrink[..., None])
-        acc = acc + jnp.einsum("nkru,nukd->nkrd", weights, kv[:, :, 1])
+        acc = acc + jnp.einsum("nkru,nukd->nkrd", weights, kv[:, :, sides - 1, :, :v_dim])
         done = run >= last[tile]
-        q = q.at[jnp.where(done, tile, num_tiles)].set(acc / jnp.maximum(total, 1e-30)[..., None])
+        q = q.at[jnp.where(done, tile, num_tiles), :, :, :v_dim].set(acc / jnp.maximum(total, 1e-30)[..., None])
         next_tile = order[jnp.minimum(taken + jnp.cumsum(done, dtype=jnp.int32) - 1, num_tiles)]
         tile = jnp.where(done, next_tile, tile)
         run = jnp.where(done, first[tile], run + 1)
@@ -204,16 +208,17 @@ def _attend(
     # What a lane begins with means nothing. Zeros would be laid out for all layers at once before the first one runs, 4
     # MB each for 512 tokens, which took a tenth of the step; so a result goes where its query was.
     tile = order[:lanes]
-    begin = _Lanes(tile, first[tile], q[tile, ..., 0], q[tile, ..., 0], q[tile])
+    begin = _Lanes(tile, first[tile], q[tile, ..., 0], q[tile, ..., 0], q[tile, ..., :v_dim])
     _, _, out = lax.while_loop(is_busy, one_turn, (begin, jnp.asarray(lanes, jnp.int32), q))
-    # [N, K, rows, D] -> [N, Q, H, D]
-    out = out[:num_tiles].astype(tiles.q.dtype).reshape(num_tiles, kv_heads, -1, size, dim).transpose(0, 3, 1, 2, 4)
+    # [N, K, rows, D] -> [N, Q, H, V]
+    out = out[:num_tiles, ..., :v_dim].astype(tiles.q.dtype)
+    out = out.reshape(num_tiles, kv_heads, -1, size, v_dim).transpose(0, 3, 1, 2, 4)
     real = jnp.arange(size, dtype=jnp.int32)[None] < tiles.lengths[:, None]
-    return jnp.where(real[:, :, None, None], out.reshape(tiles.q.shape), jnp.zeros((), out.dtype))
+    return jnp.where(real[:, :, None, None], out.reshape(num_tiles, size, heads, v_dim), jnp.zeros((), out.dtype))
 
 
 def _whole_pages(pages: Array, ids: Int[Array, "N C"]) -> Array:
-    """pages[ids], [N, C, page_size, 2, K, D].
+    """pages[ids], [N, C, page_size, sides, K, D].
 
     XLA's gather on CPU copies a page as one row of numbers in 37 us where it takes 58 us for its six axes (16 pages of
     24 kB). A TPU would have to lay out the whole pool anew for that.

@@ -33,7 +33,7 @@ from jaxpaged.errors import CheckpointError
 from jaxpaged.model.cache import init_cache
 from jaxpaged.model.decoder import apply
 from jaxpaged.model.params import Params, check_params, flatten, map_specs
-from jaxpaged.model.spec import Block, Decoder, LinearScaling, Moe, Norm, Rope, from_json, to_json
+from jaxpaged.model.spec import Block, Decoder, ExpertGroups, LinearScaling, Moe, Norm, Rope, from_json, to_json
 from jaxpaged.model.step import StepInputs, forward
 
 Golden = Callable[[str, Callable[[], Mapping[str, np.ndarray]]], Mapping[str, np.ndarray]]
@@ -253,6 +253,18 @@ WRONG: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     "weights that add up to 1": ("qwen2_moe", every_mixture(renormalize=True)),
     "no shared expert": ("qwen2_moe", every_mixture(shared=None)),
     "shared expert without its gate": ("qwen2_moe", every_mixture(shared_gate=False)),
+    "no bias for whom to choose": ("deepseek_v3", every_mixture(selection_bias=False)),
+    "no groups of experts": ("deepseek_v2", every_mixture(groups=None)),
+    "more groups of experts": ("deepseek_v3", every_mixture(groups=ExpertGroups(4, 3, 2))),
+    "groups as good as their best": ("deepseek_v3", every_mixture(groups=ExpertGroups(4, 2, 1))),
+    "groups as good as their two best": ("deepseek_v2", every_mixture(groups=ExpertGroups(4, 2, 2))),
+    "softmax for sigmoids": ("deepseek_v3_halves", every_mixture(scoring="softmax")),
+    "experts without their scale": ("deepseek_v2", every_mixture(scale=1.0)),
+    "scale without mscale": ("deepseek_v3", every_mixer(scale=0.25)),
+    "mscale of what is rotated": ("deepseek_v2", every_scaling(attention_factor=1.0)),
+    "latents' rope not interleaved": ("deepseek_v2", every_rope(interleaved=False)),
+    "latents' rope interleaved": ("deepseek_v3_halves", every_rope(interleaved=True)),
+    "another eps of the latents' norm": ("deepseek_v2", every_mixer(norm=Norm("rms", 1e-3))),
     "learned positions": ("opt", lambda spec: replace(spec, learned_positions=1)),
     "rope where there is none": ("smollm3", every_mixer(rope=Rope(100.0, 12))),
     "linear factor": ("llama_linear", every_scaling(factor=3.9)),

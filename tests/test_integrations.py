@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_listed():
         assert part in str(error.value)
     with pytest.raises(ConfigError, match="name the family if they are Hugging Face's"):
         trees.to_params(hf_tree(weights()), SPEC)
-    with pytest.raises(ConfigError, match="family is 'lama'; known: gemma"):
+    with pytest.raises(ConfigError, match="family is 'lama'; known: deepseek_v2"):
         trees.to_params(tree, SPEC, "lama")
     with pytest.raises(ConfigError, match=r"no place for lm_head\.weight"):
         trees.to_tree(weights(), SPEC, {"model": hf_tree(weights())["model"]}, "llama")

@@ -63,6 +63,17 @@ OPT_SHAPE = {k: v for k, v in SHAPE.items() if k not in ("intermediate_size", "n
 }
 NEOX_SHAPE = {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}
 MOE_SHAPE = SHAPE | {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+DEEPSEEK_SHAPE = {k: v for k, v in MOE_SHAPE.items() if k != "num_experts"} | {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
 LLAMA3 = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
@@ -186,6 +197,53 @@ CASES: dict[str, Case] = {
             {k: v for k, v in MOE_SHAPE.items() if k != "moe_intermediate_size"},
             clip_qkv=None,
             norm_topk_prob=False,
+        ),
+        _case("deepseek_v2_lite", "deepseek_v2", DEEPSEEK_SHAPE, q_lora_rank=None, mlp_bias=True, rope_theta=100.0),
+        _case(
+            "deepseek_v2",
+            "deepseek_v2",
+            DEEPSEEK_SHAPE,
+            q_lora_rank=16,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.7,
+            attention_bias=True,
+            rms_norm_eps=1e-3,
+            rope_scaling={
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 4,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.9,
+            },
+        ),
+        _case(
+            "deepseek_v3",
+            "deepseek_v3",
+            DEEPSEEK_SHAPE,
+            q_lora_rank=16,
+            n_group=4,
+            topk_group=2,
+            rope_scaling={
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        ),
+        _case(
+            "deepseek_v3_halves",
+            "deepseek_v3",
+            DEEPSEEK_SHAPE | {"n_shared_experts": 1},
+            q_lora_rank=None,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=False,
+            rope_interleave=False,
+            rope_theta=100.0,
         ),
         _case("gemma", "gemma", SHAPE | {"num_key_value_heads": 1}, head_dim=16, hidden_act="gelu"),
         _case(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxpaged.convert.families import (
+    deepseek,
     gemma,
     gpt2,
     gpt_neox,
@@ -32,21 +33,28 @@ class Family:
     """Checkpoints that share HF names.
 
     `spec` reads a config.json, `rules` says where every leaf comes from, given the names of the checkpoint's tensors.
-    `ignored` is a pattern of names that hold no weights of the language model.
+    `ignored` is a pattern of names that hold no weights of the language model. With `more_layers` checkpoints may have
+    layers past the model's own, which guess tokens ahead and are not read.
     """
 
     spec: Callable[[Mapping[str, Any]], Decoder]
     rules: Callable[[Decoder, Collection[str]], list[Rule]]
     ignored: str = r"\.rotary_emb\.inv_freq$"
+    more_layers: bool = False
 
     def ignores(self, name: str, spec: Decoder) -> bool:
         """Whether a tensor that no rule reads may be left where it is: buffers, and the copy of a tied embedding."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name) if self.more_layers else None
+        if layer is not None and int(layer[1]) >= len(spec.blocks):
+            return True
         return bool(re.search(self.ignored, name)) or (
             spec.tied_head and name.endswith(("lm_head.weight", "embed_out.weight"))
         )
 
 
 FAMILIES: dict[str, Family] = {
+    "deepseek_v2": Family(deepseek.v2_spec, deepseek.rules),
+    "deepseek_v3": Family(deepseek.v3_spec, deepseek.rules, more_layers=True),
     "gemma": Family(gemma.gemma_spec, llama.rules),
     "gemma2": Family(gemma.gemma2_spec, gemma.sandwich_rules),
     "gemma3": Family(

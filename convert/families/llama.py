@@ -97,7 +97,11 @@ def map_blocks(spec: Decoder, f: Callable[[int, Block], Block]) -> Decoder:
 
 def map_mixers(spec: Decoder, f: Callable[[int, Attention], Attention]) -> Decoder:
     """`spec` with f(i, attention) for every block's attention."""
-    return map_blocks(spec, lambda i, block: replace(block, mixer=f(i, block.mixer)))
+
+    def change(i: int, block: Block) -> Block:
+        return replace(block, mixer=f(i, block.mixer)) if isinstance(block.mixer, Attention) else block
+
+    return map_blocks(spec, change)
 
 
 def with_windows(spec: Decoder, is_local: Collection[bool], window: int | None) -> Decoder:

@@ -91,15 +91,17 @@ def _factor(c: Fields, p: Fields) -> float:
     return c.size("max_position_embeddings") / _original_positions(c, p)
 
 
-def _yarn_attention_factor(p: Fields, factor: float) -> float:
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+def yarn_mscale(factor: float, weight: float = 1.0) -> float:
+    """By how much more attention is sharpened the longer a context has become (arXiv 2309.00071, 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
+
+def _yarn_attention_factor(p: Fields, factor: float) -> float:
     if "attention_factor" in p:
         return p.positive("attention_factor")
     if p.raw("mscale") and p.raw("mscale_all_dim"):
-        return mscale(p.number("mscale")) / mscale(p.number("mscale_all_dim"))
-    return mscale(1.0)
+        return yarn_mscale(factor, p.number("mscale")) / yarn_mscale(factor, p.number("mscale_all_dim"))
+    return yarn_mscale(factor)
 
 
 def _longrope_attention_factor(c: Fields, p: Fields) -> float:

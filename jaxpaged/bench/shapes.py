@@ -23,6 +23,9 @@ def _llama(layers: int, dim: int, ffn: int, heads: int, kv_heads: int, **more: A
     } | more
 
 
+_LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _llama(2, 64, 96, 4, 2, vocab_size=128, tie_word_embeddings=True, max_position_embeddings=512),
     "smollm2-135m": _llama(
@@ -62,6 +65,56 @@ SHAPES: dict[str, dict[str, Any]] = {
         rope_theta=1e6,
         max_position_embeddings=32768,
     ),
+    "deepseek-v2-lite": {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "num_hidden_layers": 27,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        **_LATENT,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "routed_scaling_factor": 1.0,
+        "topk_method": "greedy",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000,
+        "rope_scaling": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        "vocab_size": 102400,
+        "max_position_embeddings": 163840,
+    },
+    "deepseek-v3": {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_hidden_layers": 61,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "first_k_dense_replace": 3,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        **_LATENT,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000,
+        "rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        "vocab_size": 129280,
+        "max_position_embeddings": 163840,
+    },
     "qwen3-30b-a3b": _llama(
         48,
         2048,

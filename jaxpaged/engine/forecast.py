@@ -20,10 +20,10 @@ from jaxpaged.engine.exports import as_if_on
 from jaxpaged.engine.memory_budget import fitting_model_len, pages_within, pool_budget
 from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.errors import ConfigError
-from jaxpaged.model.cache import KVCache, cache_shapes, page_bytes, pool_dtype
+from jaxpaged.model.cache import KVCache, cache_shapes, pool_dtype
 from jaxpaged.model.params import flatten, param_specs
 from jaxpaged.model.sharding import Placement, ShardingRules, mesh_axes
-from jaxpaged.model.spec import Decoder, Moe
+from jaxpaged.model.spec import Attention, Decoder, LatentAttention, Moe
 from jaxpaged.model.stages import Stage, holders, make_stages
 
 
@@ -115,13 +115,11 @@ class Forecaster:
                 f"{budget + weights:,} of {memory:,}; take more devices, or larger ones"
             )
         own = replace(self.spec, blocks=self.spec.blocks[stage.begin : stage.end])
-        whole = page_bytes(own, config.page_size, self.cache_dtype)
+        each = self._pool_bytes(stage, 1)
         with as_if_on("cuda", gpu):
             fit = PoolFit(self.placement.on_one(own), self.dtype, self.cache_dtype, config)
-            shards = self.placement.num_shards("attention")
-            most = config.num_pages or pages_within(budget, config, self.spec, whole, shards)
+            most = config.num_pages or pages_within(budget, config, self.spec, each)
             num_pages = fit.check(most) if config.num_pages else fit.most(most)
-        each = self._pool_bytes(stage, 1)
         if num_pages * each > budget:
             raise ConfigError(
                 f"num_pages is {num_pages:,}, {num_pages * each:,} bytes of each device, and {budget:,} are free for "
@@ -139,7 +137,7 @@ class Forecaster:
 
     def _decode_step(self, stage: Stage, num_seqs: int, context_len: int) -> DecodeStep:
         weights = self._weights(stage)
-        products = [shape for path, shape in weights if len(shape) == 2 and self._is_multiplied(path, stage)]
+        products = [shape for path, shape in weights if len(shape) > 1 and self._is_multiplied(path, stage)]
         vectors = [shape for _, shape in weights if len(shape) == 1]
         flops = 2 * num_seqs * sum(math.prod(shape) for shape in products)
         experts_flops, experts_read = self._experts(weights, num_seqs, stage)
@@ -148,11 +146,15 @@ class Forecaster:
         pools = self._cache(stage, 1).pools
         blocks = self.spec.blocks[stage.begin : stage.end]
         for block, pool in zip(blocks, pools, strict=True):
-            a = block.mixer
-            seen = context_len if a.window is None else min(context_len, a.window)
-            heads = a.heads // self.placement.num_shards("attention")
-            gathered += (parts - 1) * heads * a.head_dim
-            flops += 4 * num_seqs * seen * heads * a.head_dim
+            heads, seen = block.mixer.heads // self.placement.num_shards("attention"), context_len
+            match block.mixer:
+                case Attention(head_dim=key_dim, window=window):
+                    value_dim = key_dim
+                    seen = context_len if window is None else min(context_len, window)
+                case LatentAttention(row_dim=key_dim, kv_rank=value_dim):
+                    pass
+            gathered += (parts - 1) * heads * value_dim
+            flops += 2 * num_seqs * seen * heads * (key_dim + value_dim)
             kv_bytes += num_seqs * seen * _bytes(pool) // self.config.page_size
         mixtures = [block.ffn for block in blocks if isinstance(block.ffn, Moe)]
         dense = len(blocks) - len(mixtures) + sum(moe.shared is not None for moe in mixtures)
@@ -184,7 +186,7 @@ class Forecaster:
         """
         flops = read = 0.0
         for path, shape in weights:
-            if len(shape) == 3 and isinstance(moe := self.spec.blocks[int(path.split(".")[1])].ffn, Moe):
+            if ".experts." in path and isinstance(moe := self.spec.blocks[int(path.split(".")[1])].ffn, Moe):
                 chosen = moe.top_k / moe.experts
                 flops += 2 * num_seqs * chosen * math.prod(shape)
                 read += math.prod(shape) * (1 - (1 - chosen) ** (num_seqs / stage.count))
@@ -211,8 +213,10 @@ class Forecaster:
         return [(path, self.placement.sharding(*leaf.axes).shard_shape(leaf.shape)) for path, leaf in own]
 
     def _is_multiplied(self, path: str, stage: Stage) -> bool:
-        """Whether a step reads all of a matrix, not only rows."""
-        return path != "positions.w" and (path != "embed.w" or (self.spec.tied_head and stage.is_last))
+        """Whether a step reads all of a matrix, not only rows or some experts."""
+        if path == "embed.w":
+            return self.spec.tied_head and stage.is_last
+        return path != "positions.w" and ".experts." not in path
 
     def _cache(self, stage: Stage, num_pages: int) -> KVCache:
         """A device's part of the pool, in shapes."""

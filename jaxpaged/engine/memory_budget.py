@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -26,31 +27,30 @@ def affordable_pages(config: EngineConfig, spec: Decoder, dtype: Any, placement:
     data shard, of which each has devices of its own. Every pipeline stage holds its layers' part of each page.
     """
     if placement is None:
-        return _of_stage(config, spec, dtype, jax.local_devices(), 1)
+        return _of_stage(config, spec, dtype, jax.local_devices())
     stages = make_stages(len(spec.blocks), placement.num_shards("layers"))
     if placement.mesh.devices.flat[0].platform == "cpu":  # whose devices are one memory
         stages, places = make_stages(len(spec.blocks), 1), [placement]
-        shards, parts = 1, placement.num_shards("data")
+        sharers = math.prod(map(placement.num_shards, ("data", "attention")))
     else:
-        places, shards, parts = list(placement.stages), placement.num_shards("attention"), 1
+        places, sharers = list(placement.stages), 1
+    own = placement.on_one(spec)
     return min(  # whoever has no device of a stage, others ask theirs
-        _of_stage(config, replace(spec, blocks=spec.blocks[s.begin : s.end]), dtype, p.mesh.devices.flat, shards, parts)
+        _of_stage(config, replace(own, blocks=own.blocks[s.begin : s.end]), dtype, p.mesh.devices.flat, sharers)
         for s, p in zip(stages, places, strict=True)
         if not {*p.mesh.devices.flat}.isdisjoint(jax.local_devices())
     )
 
 
-def _of_stage(
-    config: EngineConfig, spec: Decoder, dtype: Any, devices: Iterable[jax.Device], shards: int, parts: int = 1
-) -> int:
-    """Pages of a stage's layers, each cut into `shards`, in one of `parts` of the memory of its devices."""
+def _of_stage(config: EngineConfig, spec: Decoder, dtype: Any, devices: Iterable[jax.Device], sharers: int = 1) -> int:
+    """Pages of a stage's layers with one device's heads, in the memory of a device that so many have together."""
     own = jax.local_devices()
     stats = next(device for device in devices if device in own).memory_stats()
     if stats and "bytes_limit" in stats:
         budget = pool_budget(stats["bytes_limit"], stats["bytes_in_use"], config)
     else:
         budget = min(int(_free_host_memory() * config.memory_utilization), _CPU_POOL_BYTES)
-    return pages_within(budget // parts, config, spec, page_bytes(spec, config.page_size, dtype), shards)
+    return pages_within(budget // sharers, config, spec, page_bytes(spec, config.page_size, dtype))
 
 
 def pool_budget(memory: int, in_use: int, config: EngineConfig) -> int:
@@ -58,10 +58,10 @@ def pool_budget(memory: int, in_use: int, config: EngineConfig) -> int:
     return int(memory * (config.memory_utilization - _COMPILE_RESERVE)) - in_use
 
 
-def pages_within(budget: int, config: EngineConfig, spec: Decoder, bytes_each: int, shards: int) -> int:
-    """Pages, each cut into so many shards, that fit these bytes of a device, and no more than are of use."""
+def pages_within(budget: int, config: EngineConfig, spec: Decoder, bytes_each: int) -> int:
+    """Pages, of each of which a device has so many bytes, that fit into its memory; and no more than are of use."""
     useful = config.max_num_seqs * -(-(config.max_model_len or spec.max_positions) // config.page_size) + 1
-    affordable = max(budget, 0) * shards // bytes_each
+    affordable = max(budget, 0) // bytes_each
     if affordable < 2:
         raise ConfigError(
             f"a page takes {bytes_each:,} bytes but {max(budget, 0):,} are free for the pool; "

@@ -14,7 +14,8 @@ from jaxpaged.errors import ConfigError
 from jaxpaged.kernels.paged_attention import LARGEST_8_BIT_POOL, paged_attention, ragged_paged_attention, unreadable
 from jaxpaged.kernels.tiles import current_device
 from jaxpaged.model.cache import Pool, cache_shapes
-from jaxpaged.model.spec import Attention, Decoder
+from jaxpaged.model.spec import Decoder, LatentAttention, Mixer
+from jaxpaged.model.step import attention_options
 
 log = logging.getLogger("jaxpaged")
 
@@ -31,10 +32,17 @@ class PoolFit:
                 f"attention_backend is {backend!r}, which needs an NVIDIA GPU, and this is a {device.platform}; "
                 "use 'auto' or 'reference'"
             )
+        latent = any(isinstance(block.mixer, LatentAttention) for block in spec.blocks)
+        if latent and jnp.dtype(cache_dtype).itemsize == 1:
+            raise ConfigError(
+                f"cache_dtype is {config.cache_dtype!r}, but pages of latents cannot be of 8 bits yet; use 'auto'"
+            )
         pools = cache_shapes(spec, 1, config.page_size, cache_dtype).pools
         self._layers = {(block.mixer, pool) for block, pool in zip(spec.blocks, pools, strict=True)}
         if backend == "reference" or device.platform != "gpu":
             return
+        if latent and backend == "auto":
+            log.warning("layers with latents attend without a kernel on GPUs yet, in plain JAX, and slowly")
         for mixer, pool in self._layers:
             try:
                 _trace(mixer, pool, dtype, config)
@@ -64,15 +72,14 @@ class PoolFit:
         return next((problem for problem in problems if problem), None)
 
 
-def _trace(mixer: Attention, pool: Pool, dtype: Any, config: EngineConfig) -> None:
+def _trace(mixer: Mixer, pool: Pool, dtype: Any, config: EngineConfig) -> None:
     """Both ops on one sequence; ValueError where one refuses."""
-    options: dict[str, Any] = {"scale": mixer.scale, "window": mixer.window, "softcap": mixer.softcap}
-    options |= {"backend": config.attention_backend}
+    options = attention_options(mixer) | {"backend": config.attention_backend}
 
     def ops(q: Array, pool: Pool, table: Array, cu_q_lens: Array, lens: Array) -> tuple[Array, Array]:
         one = paged_attention(q, pool.pages, table, lens, scales=pool.scales, **options)
         return one, ragged_paged_attention(q, pool.pages, table, cu_q_lens, lens, scales=pool.scales, **options)
 
-    q = jax.ShapeDtypeStruct((1, mixer.heads, mixer.head_dim), dtype)
+    q = jax.ShapeDtypeStruct((1, mixer.heads, pool.pages.shape[-1]), dtype)
     table, cu_q_lens, lens = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 1), (2,), (1,)))
     jax.eval_shape(ops, q, pool, table, cu_q_lens, lens)

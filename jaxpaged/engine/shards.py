@@ -18,7 +18,7 @@ from jaxpaged.engine.page_pool import PagePool
 from jaxpaged.engine.request import Sequence
 from jaxpaged.engine.runner import Runner
 from jaxpaged.engine.scheduler import Plan, Scheduler
-from jaxpaged.model.spec import Decoder
+from jaxpaged.model.spec import Attention, Decoder
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def make_shards(spec: Decoder, config: EngineConfig, runner: Runner, host: HostT
 
 def _widest_window(spec: Decoder) -> int | None:
     """The most keys that any layer's query sees; None where a layer sees all."""
-    windows = [block.mixer.window for block in spec.blocks]
+    windows = [block.mixer.window if isinstance(block.mixer, Attention) else None for block in spec.blocks]
     return None if None in windows else max(w for w in windows if w is not None)
 
 

@@ -10,10 +10,12 @@ from jaxtyping import Array, Float
 from jaxpaged.model.linear import linear
 from jaxpaged.model.norm import normalize
 from jaxpaged.model.rope import RopeTable, rotate
-from jaxpaged.model.spec import Attention, Rope
+from jaxpaged.model.spec import Attention, Mixer, Rope
 
-Attend = Callable[[Array, Array, Array, Attention, Array | None], tuple[Array, Any]]
-"""attend(q [T, H, D], k [T, K, D], v [T, K, D], spec, sinks [H] or None) -> ([T, H, D], the layer's new kv)"""
+Attend = Callable[[Array, Array, Array | None, Mixer, Array | None], tuple[Array, Any]]
+"""attend(q [T, H, D], k [T, K, D], v [T, K, V], spec, sinks [H] or None) -> ([T, H, V], the layer's new kv)
+
+Without v, values are the first kv_rank numbers of k: see `latent.py`."""
 
 
 def mix(

@@ -1,5 +1,7 @@
 """The KV cache: one pool of pages per layer, `[P, page_size, 2, K, D]`, keys at index 0 and values at index 1.
 
+Layers whose keys and values are made of latents keep those instead, `[P, page_size, 1, 1, row_dim]`.
+
 Page 0 is the null page: zeros, never handed out, read where a page table has no page. The pools are a tuple so that
 each can be donated and updated in place (a pool stacked over layers would be copied, layer by layer). What moves pages
 about does so leaf by leaf, page ids first, and needs not know what a pool is made of.
@@ -20,7 +22,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxpaged.kernels.tiles import current_device
-from jaxpaged.model.spec import Decoder
+from jaxpaged.model.spec import Attention, Decoder, LatentAttention, Mixer
 
 _NAMES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}  # vLLM's
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
@@ -28,10 +30,10 @@ _DTYPES = ("float32", "bfloat16", "float16", *_LARGEST)
 
 
 class Pool(NamedTuple):
-    """One layer's keys and values: pages [P, page_size, 2, K, D], and what 8-bit ones are multiplied by."""
+    """One layer's keys and values: pages [P, page_size, sides, K, D], and what 8-bit ones are multiplied by."""
 
     pages: Any
-    scales: Any = None  # [P, page_size, 2, K] float32
+    scales: Any = None  # [P, page_size, sides, K] float32
 
 
 @jax.tree_util.register_dataclass
@@ -77,11 +79,16 @@ def cache_shapes(spec: Decoder, num_pages: int, page_size: int, dtype: jnp.dtype
     """What `init_cache` would make, in shapes."""
     number = pool_dtype(dtype)
 
-    def pool(kv_heads: int, head_dim: int) -> Pool:
-        pages = jax.ShapeDtypeStruct((num_pages, page_size, 2, kv_heads, head_dim), number)
+    def pool(mixer: Mixer) -> Pool:
+        match mixer:
+            case Attention(kv_heads=kv_heads, head_dim=head_dim):
+                of_token: tuple[int, ...] = (2, kv_heads, head_dim)
+            case LatentAttention(row_dim=row_dim):
+                of_token = (1, 1, row_dim)
+        pages = jax.ShapeDtypeStruct((num_pages, page_size, *of_token), number)
         return Pool(pages, jax.ShapeDtypeStruct(pages.shape[:-1], jnp.float32) if number.itemsize == 1 else None)
 
-    return KVCache(tuple(pool(b.mixer.kv_heads, b.mixer.head_dim) for b in spec.blocks))
+    return KVCache(tuple(pool(b.mixer) for b in spec.blocks))
 
 
 def page_bytes(spec: Decoder, page_size: int, dtype: jnp.dtype | str) -> int:
@@ -89,9 +96,12 @@ def page_bytes(spec: Decoder, page_size: int, dtype: jnp.dtype | str) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache_shapes(spec, 1, page_size, dtype)))
 
 
-def write(pool: Pool, k: Float[Array, "T K D"], v: Float[Array, "T K D"], slots: Int[Array, " T"]) -> Pool:
-    """The pool with token t's key and value at slots[t] = page * page_size + offset; slots past it are dropped."""
-    kv = jnp.stack([k, v], 1)
+def write(pool: Pool, k: Float[Array, "T K D"], v: Float[Array, "T K D"] | None, slots: Int[Array, " T"]) -> Pool:
+    """The pool with token t's key and value at slots[t] = page * page_size + offset; slots past it are dropped.
+
+    Latents are keys without values.
+    """
+    kv = k[:, None] if v is None else jnp.stack([k, v], 1)
     if pool.scales is None:
         return Pool(_put(pool.pages, kv.astype(pool.pages.dtype), slots))
     numbers, scales = _quantise(kv, pool.pages.dtype)
@@ -136,7 +146,7 @@ def _put(slots_of: Array, values: Array, slots: Int[Array, " T"]) -> Array:
     return with_layout_constraint(out, Layout(tuple(range(out.ndim)))) if 1 in rest else out
 
 
-def _quantise(kv: Float[Array, "T 2 K D"], dtype: Any) -> tuple[Array, Float[Array, "T 2 K"]]:
+def _quantise(kv: Float[Array, "T sides K D"], dtype: Any) -> tuple[Array, Float[Array, "T sides K"]]:
     """Numbers of `dtype`, the largest of a head as large as it can be, and what to multiply them by.
 
     NaN or infinity in a head make its scale NaN: a broken token is read as one.

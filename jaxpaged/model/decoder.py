@@ -19,18 +19,22 @@ from jaxtyping import Array, Float, Int
 from jaxpaged.kernels.reference import attention as dense_attention
 from jaxpaged.model.attention import mix
 from jaxpaged.model.ffn import feed_forward
+from jaxpaged.model.latent import absorbed, expanded
 from jaxpaged.model.linear import linear
 from jaxpaged.model.moe import chosen_experts, every_expert
 from jaxpaged.model.norm import normalize
 from jaxpaged.model.params import Params
 from jaxpaged.model.rope import RopeTable, rope_table
-from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Moe, Rope
+from jaxpaged.model.spec import Attention, Block, Decoder, LatentAttention, Mixer, Mlp, Moe, Rope
 
-Attend = Callable[[Any, Array, Array, Array, Attention, Array | None], tuple[Array, Any]]
-"""attend(kv, q [T, H, D], k [T, K, D], v [T, K, D], spec, sinks [H] or None) -> ([T, H, D], kv)"""
+Attend = Callable[[Any, Array, Array, Array | None, Mixer, Array | None], tuple[Array, Any]]
+"""attend(kv, q, k, v, spec, sinks) -> (out, kv): what `attention.Attend` is, of a layer's `kv`"""
 
 Mixture = Callable[[Array, Any, Moe], Array]
 """mixture(x [T, M], p, spec) -> [T, M]: how experts are computed"""
+
+Latent = Callable[..., tuple[Array, Any]]
+"""`latent.absorbed` or `latent.expanded`: how attention to latents is"""
 
 
 def hidden_states(
@@ -42,6 +46,7 @@ def hidden_states(
     kvs: Sequence[Any],
     attend: Attend,
     mixture: Mixture = chosen_experts,
+    latent: Latent = absorbed,
     *,
     remat: bool = False,
 ) -> tuple[Float[Array, "T M"], tuple[Any, ...]]:
@@ -51,7 +56,8 @@ def hidden_states(
     gradients compute every layer again from its input rather than keep what is inside it.
     """
     x = embed(params, tokens, positions, spec)
-    x, kvs = through_layers(params["layers"], x, positions, rope_lens, spec.blocks, kvs, attend, mixture, remat=remat)
+    how = attend, mixture, latent
+    x, kvs = through_layers(params["layers"], x, positions, rope_lens, spec.blocks, kvs, *how, remat=remat)
     return last_norm(params, x, spec), kvs
 
 
@@ -76,6 +82,7 @@ def through_layers(
     kvs: Sequence[Any],
     attend: Attend,
     mixture: Mixture = chosen_experts,
+    latent: Latent = absorbed,
     *,
     remat: bool = False,
 ) -> tuple[Float[Array, "T M"], tuple[Any, ...]]:
@@ -84,7 +91,7 @@ def through_layers(
     tables = {rope: rope_table(rope, positions, rope_lens) for rope in ropes}
     outer = jax.checkpoint if remat else jax.jit
     layer = {
-        block: outer(partial(_layer, block=block, tables=tables, attend=attend, mixture=mixture))
+        block: outer(partial(_layer, block=block, tables=tables, attend=attend, mixture=mixture, latent=latent))
         for block in set(blocks)
     }
     new_kvs = []
@@ -113,14 +120,17 @@ def logits(params: Params, hidden: Float[Array, "T M"], spec: Decoder) -> Float[
 def apply(params: Params, tokens: Int[Array, " T"], spec: Decoder, *, remat: bool = False) -> Float[Array, "T V"]:
     """Logits of one whole sequence, dense: no pages, differentiable. For training (`spec.apply`), checks and tests."""
 
-    def attend(kv: None, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, None]:
-        return dense_attention(q, k, v, scale=a.scale, window=a.window, softcap=a.softcap, sinks=sinks), kv
+    def attend(kv: None, q: Array, k: Array, v: Any, a: Mixer, sinks: Array | None) -> tuple[Array, None]:
+        match a:
+            case Attention():
+                return dense_attention(q, k, v, scale=a.scale, window=a.window, softcap=a.softcap, sinks=sinks), kv
+            case LatentAttention():
+                return dense_attention(q, k, v, scale=a.scale), kv
 
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     rope_lens = jnp.full_like(positions, tokens.shape[0])
-    hidden, _ = hidden_states(
-        params, tokens, positions, rope_lens, spec, (None,) * len(spec.blocks), attend, every_expert, remat=remat
-    )
+    how = attend, every_expert, expanded
+    hidden, _ = hidden_states(params, tokens, positions, rope_lens, spec, (None,) * len(spec.blocks), *how, remat=remat)
     return logits(params, hidden, spec)
 
 
@@ -133,12 +143,17 @@ def _layer(
     tables: Mapping[Rope, RopeTable],
     attend: Attend,
     mixture: Mixture,
+    latent: Latent,
 ) -> tuple[Float[Array, "T M"], Any]:
     def norm(y: Array, name: str) -> Array:
         return normalize(y, p[name], block.norm)
 
     def mixer(y: Array) -> tuple[Array, Any]:
-        return mix(y, p["mixer"], block.mixer, tables, partial(attend, kv))
+        match block.mixer:
+            case Attention() as a:
+                return mix(y, p["mixer"], a, tables, partial(attend, kv))
+            case LatentAttention() as a:
+                return latent(y, p["mixer"], a, tables, partial(attend, kv))
 
     def ffn(y: Array) -> Array:
         if isinstance(block.ffn, Mlp):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.model.params import flatten, param_specs
-from jaxpaged.model.spec import Attention, Decoder
+from jaxpaged.model.spec import Attention, Decoder, LatentAttention, Mixer
 
 
 class HeadLayout(NamedTuple):
@@ -56,12 +56,29 @@ def head_layout(heads: int, kv_heads: int, num_shards: int) -> HeadLayout:
 
 def fit_heads(spec: Decoder, num_shards: int) -> Decoder:
     """`spec` with the heads that are computed on so many devices; `spec` itself where they divide equally."""
-    layouts = [head_layout(b.mixer.heads, b.mixer.kv_heads, num_shards) for b in spec.blocks]
-    blocks = tuple(
-        replace(b, mixer=replace(b.mixer, heads=len(layout.q), kv_heads=len(layout.kv)))
-        for b, layout in zip(spec.blocks, layouts, strict=True)
-    )
-    return replace(spec, blocks=blocks)
+
+    def fit(mixer: Mixer) -> Mixer:
+        layout = _layout(mixer, num_shards)
+        match mixer:
+            case Attention():
+                return replace(mixer, heads=len(layout.q), kv_heads=len(layout.kv))
+            case LatentAttention():
+                return replace(mixer, heads=len(layout.q))
+
+    return replace(spec, blocks=tuple(replace(b, mixer=fit(b.mixer)) for b in spec.blocks))
+
+
+def fit_share(fitted: Decoder, num_shards: int) -> Decoder:
+    """What `fit_heads` gave with no more than one device's heads."""
+
+    def share(mixer: Mixer) -> Mixer:
+        match mixer:
+            case Attention(heads=heads, kv_heads=kv_heads):
+                return replace(mixer, heads=heads // num_shards, kv_heads=kv_heads // num_shards)
+            case LatentAttention(heads=heads):
+                return replace(mixer, heads=heads // num_shards)
+
+    return replace(fitted, blocks=tuple(replace(b, mixer=share(b.mixer)) for b in fitted.blocks))
 
 
 def fit_leaf(array: Any, path: str, spec: Decoder, num_shards: int) -> Any:
@@ -74,7 +91,7 @@ def fit_leaf(array: Any, path: str, spec: Decoder, num_shards: int) -> Any:
         if logical == "heads":
             array = _take(array, dim, mixer.heads, layout.q)
         elif logical == "kv_heads":
-            array = _take(array, dim, mixer.kv_heads, layout.kv)
+            array = _take(array, dim, _kv_heads(mixer), layout.kv)
     return array
 
 
@@ -87,19 +104,28 @@ def fitted_axes(path: str, spec: Decoder, num_shards: int) -> tuple[np.ndarray, 
     mixer, layout = found
     for dim, logical in enumerate(leaf.axes):
         if logical in ("heads", "kv_heads"):
-            count, order = (mixer.heads, layout.q) if logical == "heads" else (mixer.kv_heads, layout.kv)
+            count, order = (mixer.heads, layout.q) if logical == "heads" else (_kv_heads(mixer), layout.kv)
             size = leaf.shape[dim] // count
             within = np.arange(size)
             axes[dim] = np.concatenate([np.full(size, -1) if head is None else head * size + within for head in order])
     return tuple(axes)
 
 
-def _layout_of(path: str, spec: Decoder, num_shards: int) -> tuple[Attention, HeadLayout] | None:
+def _layout_of(path: str, spec: Decoder, num_shards: int) -> tuple[Mixer, HeadLayout] | None:
     where, _, rest = path.partition(".")
     if where != "layers":
         return None
     mixer = spec.blocks[int(rest.partition(".")[0])].mixer
-    return mixer, head_layout(mixer.heads, mixer.kv_heads, num_shards)
+    return mixer, _layout(mixer, num_shards)
+
+
+def _layout(mixer: Mixer, num_shards: int) -> HeadLayout:
+    return head_layout(mixer.heads, _kv_heads(mixer), num_shards)
+
+
+def _kv_heads(mixer: Mixer) -> int:
+    """Heads that keys are made for: of a latent as many as there are queries."""
+    return mixer.kv_heads if isinstance(mixer, Attention) else mixer.heads
 
 
 def _take(array: Any, dim: int, num_heads: int, order: tuple[int | None, ...]) -> Any:

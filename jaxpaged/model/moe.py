@@ -26,7 +26,7 @@ from jaxpaged.model.ffn import activation, feed_forward
 from jaxpaged.model.linear import linear
 from jaxpaged.model.params import expert_specs, is_param_spec
 from jaxpaged.model.sharding import Placement
-from jaxpaged.model.spec import Moe
+from jaxpaged.model.spec import ExpertGroups, Moe
 
 
 class Routes(NamedTuple):
@@ -37,9 +37,26 @@ class Routes(NamedTuple):
 
 
 def route(x: Float[Array, "T M"], p: Mapping[str, Any], moe: Moe) -> Routes:
-    """Softmax over all experts in float32, and the largest; of equal ones the first."""
-    weights, experts = lax.top_k(jax.nn.softmax(linear(x, p["router"]).astype(jnp.float32), axis=-1), moe.top_k)
-    return Routes(experts, weights / weights.sum(-1, keepdims=True) if moe.renormalize else weights)
+    """All experts' probabilities in float32, and the likeliest of those that may be chosen; of equal ones the first."""
+    found = jnp.einsum("tm,me->te", x, p["router"]["w"], preferred_element_type=jnp.float32)
+    likely = jax.nn.softmax(found, axis=-1) if moe.scoring == "softmax" else jax.nn.sigmoid(found)
+    if moe.groups is None and not moe.selection_bias:
+        weights, experts = lax.top_k(likely, moe.top_k)
+    else:
+        biased = likely + p["selection_bias"].astype(jnp.float32)[None] if moe.selection_bias else likely
+        _, experts = lax.top_k(biased if moe.groups is None else _in_best_groups(biased, moe.groups), moe.top_k)
+        weights = jnp.take_along_axis(likely, experts, axis=-1)
+    if moe.renormalize:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)  # sigmoids may all be 0
+    return Routes(experts, weights if moe.scale == 1.0 else weights * moe.scale)
+
+
+def _in_best_groups(scores: Float[Array, "T E"], groups: ExpertGroups) -> Float[Array, "T E"]:
+    """The scores of each token's best groups; -inf for the rest."""
+    split = scores.reshape(scores.shape[0], groups.count, -1)
+    _, best = lax.top_k(lax.top_k(split, groups.best_of)[0].sum(-1), groups.top_k)
+    is_best = (best[:, :, None] == jnp.arange(groups.count)[None, None]).any(1)
+    return jnp.where(is_best[:, :, None], split, -jnp.inf).reshape(scores.shape)
 
 
 def every_expert(x: Float[Array, "T M"], p: Mapping[str, Any], moe: Moe) -> Float[Array, "T M"]:

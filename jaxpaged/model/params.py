@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Moe, Norm
+from jaxpaged.model.spec import Attention, Block, Decoder, LatentAttention, Mlp, Moe, Norm
 
 Params = Mapping[str, Any]
 """{"embed": {"w": [V, E]}, "layers": ({"norm1", "mixer", "ffn", ...}, ...), "norm", "head", ...}"""
@@ -25,11 +25,15 @@ ReadPart = Callable[..., np.ndarray[Any, np.dtype[Any]]]
 
 
 class ParamSpec(NamedTuple):
-    """One weight: its shape, the logical axis of each dimension (None: never sharded), how to make it up."""
+    """One weight: its shape, the logical axis of each dimension (None: never sharded), how to make it up.
+
+    `dtype` is that of a leaf which keeps its own whatever the others are cast to.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Literal["normal", "ones", "zeros"] = "normal"
+    dtype: Literal["float32"] | None = None
 
 
 def param_specs(spec: Decoder) -> dict[str, Any]:
@@ -60,7 +64,12 @@ def _block(block: Block, dim: int) -> dict[str, Any]:
         "post": ("norm1", "norm2"),
     }[block.residual]
     tree: dict[str, Any] = {name: _norm(block.norm, dim) for name in norms}
-    return tree | {"mixer": _attention(block.mixer, dim), "ffn": _ffn(block.ffn, dim)}
+    match block.mixer:
+        case Attention() as a:
+            mixer = _attention(a, dim)
+        case LatentAttention() as a:
+            mixer = _latent_attention(a, dim)
+    return tree | {"mixer": mixer, "ffn": _ffn(block.ffn, dim)}
 
 
 def _attention(a: Attention, dim: int) -> dict[str, Any]:
@@ -77,6 +86,22 @@ def _attention(a: Attention, dim: int) -> dict[str, Any]:
     return tree | ({"sinks": ParamSpec((a.heads,), ("heads",), "zeros")} if a.sinks else {})
 
 
+def _latent_attention(a: LatentAttention, dim: int) -> dict[str, Any]:
+    """`k_up` and `v_up` make keys and values of latents. They lie head by head, as both forms multiply them."""
+    q_width, q_from = a.heads * a.head_dim, dim if a.q_rank is None else a.q_rank
+    tree: dict[str, Any] = {
+        "q": _linear(q_from, q_width, "embed" if a.q_rank is None else None, "heads", bias=False),
+        "kv_down": _linear(dim, a.row_dim, "embed", None, a.bias),
+        "kv_norm": _norm(a.norm, a.kv_rank, None),
+        "k_up": {"w": ParamSpec((a.heads, a.nope_dim, a.kv_rank), ("heads", None, None))},
+        "v_up": {"w": ParamSpec((a.heads, a.kv_rank, a.v_dim), ("heads", None, None))},
+        "o": _linear(a.heads * a.v_dim, dim, "heads", "embed", a.bias),
+    }
+    if a.q_rank is not None:
+        tree |= {"q_down": _linear(dim, a.q_rank, "embed", None, a.bias), "q_norm": _norm(a.norm, a.q_rank, None)}
+    return tree
+
+
 def _ffn(ffn: Mlp | Moe, dim: int) -> dict[str, Any]:
     if isinstance(ffn, Mlp):
         return _mlp(ffn, dim)
@@ -86,6 +111,8 @@ def _ffn(ffn: Mlp | Moe, dim: int) -> dict[str, Any]:
     }
     if ffn.shared is not None:
         tree["shared"] = _mlp(ffn.shared, dim)
+    if ffn.selection_bias:  # float32: experts are told apart by far less than bfloat16 keeps of it
+        tree["selection_bias"] = ParamSpec((ffn.experts,), (None,), "zeros", "float32")
     return tree | ({"shared_gate": {"w": ParamSpec((dim, 1), ("embed", None))}} if ffn.shared_gate else {})
 
 
@@ -105,7 +132,7 @@ def _mlp(m: Mlp, dim: int) -> dict[str, Any]:
     return tree | ({"gate": _linear(dim, m.dim, "embed", "ffn", m.bias)} if m.gated else {})
 
 
-def _linear(rows: int, cols: int, row_axis: str, col_axis: str, bias: bool) -> dict[str, ParamSpec]:
+def _linear(rows: int, cols: int, row_axis: str | None, col_axis: str | None, bias: bool) -> dict[str, ParamSpec]:
     tree = {"w": ParamSpec((rows, cols), (row_axis, col_axis))}
     return tree | ({"b": ParamSpec((cols,), (col_axis,), "zeros")} if bias else {})
 
@@ -144,10 +171,10 @@ def dummy_params(spec: Decoder, seed: int = 0, dtype: jnp.dtype | str = jnp.floa
     keys = iter(jax.random.split(jax.random.key(seed), len(list(flatten(param_specs(spec))))))
 
     def make(path: str, leaf: ParamSpec) -> jax.Array:
-        key = next(keys)
+        key, own = next(keys), leaf.dtype or dtype
         if leaf.init != "normal":
-            return jnp.full(leaf.shape, 1 if leaf.init == "ones" else 0, dtype)
-        return jax.random.normal(key, leaf.shape, dtype) * np.asarray(leaf.shape[-2] ** -0.5, dtype)
+            return jnp.full(leaf.shape, 1 if leaf.init == "ones" else 0, own)
+        return jax.random.normal(key, leaf.shape, own) * np.asarray(leaf.shape[-2] ** -0.5, own)
 
     return map_specs(make, spec)
 

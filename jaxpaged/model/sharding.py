@@ -29,9 +29,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpaged.errors import ConfigError
-from jaxpaged.model.head_layout import fit_heads, fit_leaf, fitted_axes
+from jaxpaged.model.head_layout import fit_heads, fit_leaf, fit_share, fitted_axes
 from jaxpaged.model.params import Params, ParamSpec, ReadPart, flatten, map_specs, param_specs
-from jaxpaged.model.spec import Decoder
+from jaxpaged.model.spec import Attention, Decoder
 from jaxpaged.model.stages import array_of, holders, make_stages
 
 
@@ -187,7 +187,7 @@ class Placement:
         make_stages(len(spec.blocks), self.num_shards("layers"))
         fitted = fit_heads(spec, self.num_shards("attention"))
         for a, fit in zip((b.mixer for b in spec.blocks), (b.mixer for b in fitted.blocks), strict=True):
-            if a.norm_all_heads and fit != a:
+            if isinstance(a, Attention) and a.norm_all_heads and fit != a:
                 raise ConfigError(
                     f"{a.heads} query and {a.kv_heads} kv heads, which have one norm together, cannot be shared "
                     f"equally by {self.num_shards('attention')} devices; take a number of devices that divides both"
@@ -201,10 +201,7 @@ class Placement:
 
     def on_one(self, fitted: Decoder) -> Decoder:
         """The spec with no more than the heads that one device attends with, whose pages it holds."""
-        count = self.num_shards("attention")
-        mixers = [block.mixer for block in fitted.blocks]
-        own = [replace(a, heads=a.heads // count, kv_heads=a.kv_heads // count) for a in mixers]
-        return replace(fitted, blocks=tuple(replace(b, mixer=a) for b, a in zip(fitted.blocks, own, strict=True)))
+        return fit_share(fitted, self.num_shards("attention"))
 
     def place(self, params: Params, spec: Decoder) -> Params:
         """`params` of `spec`, or of what it is fitted to, each leaf where it belongs; those that lie there stay.
@@ -250,8 +247,8 @@ class Placement:
         return put
 
     def cache_partition(self, pools: Any) -> Any:
-        """How every leaf of one data shard's pools is cut: kv heads are axis 3 of pages and scales."""
-        return jax.tree.map(lambda leaf: self.partition(*(None, None, None, "attention", None)[: leaf.ndim]), pools)
+        """How every leaf of one data shard's pools is cut."""
+        return jax.tree.map(lambda leaf: self.partition(None, *_pool_axes(leaf)), pools)
 
     def cache_shardings(self, pools: Sequence[Any]) -> tuple[Any, ...]:
         """Where the leaves of all shards' pools lie, one pool for each layer, whose pages are end to end."""
@@ -259,7 +256,7 @@ class Placement:
         where = [placement for stage, placement in stages for _ in range(stage.begin, stage.end)]
 
         def of(leaf: Any, placement: Placement) -> NamedSharding:
-            return placement.sharding(*("data", None, None, "attention", None)[: leaf.ndim])
+            return placement.sharding("data", *_pool_axes(leaf))
 
         return tuple(jax.tree.map(partial(of, placement=p), pool) for p, pool in zip(where, pools, strict=True))
 
@@ -306,6 +303,11 @@ class Placement:
             f"{logical} is {size:,} ({path}), which the {count} devices of mesh axis {axis!r} cannot share equally; "
             f"take {below} or {above} devices, or keep it whole with ShardingRules({logical}=None)"
         )
+
+
+def _pool_axes(leaf: Any) -> tuple[str | None, ...]:
+    """Of a pool's pages or scales, behind the pages' axis. Latents, which have one side, are whole on every device."""
+    return (None, None, "attention" if leaf.shape[2] == 2 else None, None)[: leaf.ndim - 1]
 
 
 def _put(array: Any, sharding: NamedSharding) -> jax.Array:

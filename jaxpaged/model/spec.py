@@ -118,6 +118,39 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Attention whose keys and values are made of one latent a token, which is all that pages hold (arXiv 2405.04434).
+
+    A head's key is `nope_dim` numbers made of the latent of `kv_rank` and, after them, `rope.dim` rotated ones that all
+    heads share; its value is `v_dim` numbers made of the latent. With `q_rank` queries are made of a latent too. `norm`
+    is that of the latents. `bias` is on the linears that make latents, and on the last one.
+    """
+
+    heads: int
+    kv_rank: int
+    nope_dim: int
+    v_dim: int
+    scale: float
+    rope: Rope
+    norm: Norm
+    q_rank: int | None = None
+    bias: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a head's query, and of its key where that is made."""
+        return self.nope_dim + self.rope.dim
+
+    @property
+    def row_dim(self) -> int:
+        """Numbers that a page holds of a token: its latent, and the rotated part of its keys."""
+        return self.kv_rank + self.rope.dim
+
+
+Mixer = Attention | LatentAttention
+
+
+@dataclass(frozen=True)
 class Mlp:
     """down(act(up x)), or down(act(gate x) * up x) where `gated`; `dim` is the hidden width F."""
 
@@ -128,11 +161,24 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class ExpertGroups:
+    """`count` equal runs of experts. A token's experts are of its `top_k` best groups, a group being as good as its
+    `best_of` best experts together.
+    """
+
+    count: int
+    top_k: int
+    best_of: int
+
+
+@dataclass(frozen=True)
 class Moe:
     """A mixture of experts: the sum of the `top_k` gated Mlps, of `experts`, that a router finds likeliest for a token.
 
-    Each is weighted by its probability among all experts, or with `renormalize` among those chosen. `dim` is an
-    expert's hidden width F. `shared` is one more Mlp that every token has, times sigmoid(x . w) with `shared_gate`.
+    Each is weighted by its probability, by a softmax over all experts or each one's own sigmoid, or with `renormalize`
+    by its share of those chosen; then by `scale`. `dim` is an expert's hidden width F. `shared` is one more Mlp that
+    every token has, times sigmoid(x . w) with `shared_gate`. `groups` bounds who is chosen; a learned `selection_bias`
+    is added to find the likeliest, and to nothing else.
     """
 
     experts: int
@@ -142,6 +188,10 @@ class Moe:
     renormalize: bool
     shared: Mlp | None = None
     shared_gate: bool = False
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    selection_bias: bool = False
+    groups: ExpertGroups | None = None
+    scale: float = 1.0
 
     @property
     def expert(self) -> Mlp:
@@ -160,7 +210,7 @@ class Block:
     post                x = norm1(x + mixer x); x = norm2(x + ffn x)
     """
 
-    mixer: Attention
+    mixer: Mixer
     ffn: Mlp | Moe
     norm: Norm
     residual: Residual = "serial"
@@ -232,7 +282,9 @@ _NODES: dict[str, type] = {
         LongRopeScaling,
         Rope,
         Attention,
+        LatentAttention,
         Mlp,
+        ExpertGroups,
         Moe,
         Block,
         Decoder,

@@ -21,7 +21,7 @@ from jaxpaged.model.decoder import Mixture, embed, hidden_states, last_norm, log
 from jaxpaged.model.moe import chosen_experts
 from jaxpaged.model.params import Params
 from jaxpaged.model.sharding import Placement
-from jaxpaged.model.spec import Attention, Block, Decoder
+from jaxpaged.model.spec import Attention, Block, Decoder, LatentAttention, Mixer
 from jaxpaged.model.stages import Stage
 
 
@@ -147,18 +147,19 @@ def _through(
     num_tokens = inputs.token_ids.shape[0]
     cut = _cut_rows(inputs, placement)
 
-    def attend(pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Pool]:
+    def attend(pool: Pool, q: Array, k: Array, v: Any, a: Mixer, sinks: Array | None) -> tuple[Array, Pool]:
         if placement is None:
             return attend_here(pool, q, k, v, a, sinks, inputs)
         here = _on_heads(
-            lambda pool, q, k, v, sinks, inputs: attend_here(pool, q, k, v, a, sinks, inputs), placement, pool
+            lambda pool, q, k, v, sinks, inputs: attend_here(pool, q, k, v, a, sinks, inputs), placement, pool, v
         )
-        q, k, v = cut(q, "heads", None), cut(k, "kv_heads", None), cut(v, "kv_heads", None)
+        q, k = cut(q, "heads", None), cut(k, None if v is None else "kv_heads", None)
+        v = None if v is None else cut(v, "kv_heads", None)
         out, pool = here(pool, q, k, v, sinks, inputs)
         return cut(out, "heads", None), pool
 
     def attend_here(
-        pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None, inputs: StepInputs
+        pool: Pool, q: Array, k: Array, v: Array | None, a: Mixer, sinks: Array | None, inputs: StepInputs
     ) -> tuple[Array, Pool]:
         pool = kv_cache.write(pool, k, v, inputs.slots)
         table, lens = inputs.page_table, inputs.kv_lens
@@ -178,12 +179,15 @@ def _through(
     return x, KVCache(pools)
 
 
-def _on_heads(function: Callable[..., Any], placement: Placement, pool: Pool) -> Callable[..., Any]:
-    """function(pool, q, k, v, sinks, the rest) -> (out, pool) as each device computes it with its own heads."""
+def _on_heads(function: Callable[..., Any], placement: Placement, pool: Pool, v: Array | None) -> Callable[..., Any]:
+    """function(pool, q, k, v, sinks, the rest) -> (out, pool) as each device computes it with its own heads. Keys that
+    are latents, without v, are all heads'.
+    """
     heads, pools = placement.partition(None, "attention", None), placement.cache_partition(pool)
+    keys = heads if v is not None else placement.partition()
     return placement.on_each(
         function,
-        in_specs=(pools, heads, heads, heads, placement.partition("attention"), placement.partition()),
+        in_specs=(pools, heads, keys, heads, placement.partition("attention"), placement.partition()),
         out_specs=(heads, pools),
     )
 
@@ -227,15 +231,15 @@ def _forward_in_blocks(
         slots = jnp.where(rows.kv_lens > 0, rows.slots, capacity)
         table = inputs.page_table[rows.sequence]
 
-        def attend(pool: Pool, q: Array, k: Array, v: Array, a: Attention, sinks: Array | None) -> tuple[Array, Pool]:
-            def here(pool: Pool, q: Array, k: Array, v: Array, sinks: Any, block: Any) -> tuple[Array, Pool]:
+        def attend(pool: Pool, q: Array, k: Array, v: Any, a: Mixer, sinks: Array | None) -> tuple[Array, Pool]:
+            def here(pool: Pool, q: Array, k: Array, v: Any, sinks: Any, block: Any) -> tuple[Array, Pool]:
                 slots, table, kv_lens = block
                 pool = kv_cache.write(pool, k, v, slots)
                 # Splits would be cut by how long the other rows are.
                 options = _options(pool, a, sinks, backend) | {"num_splits": 1}
                 return paged_attention(q, pool.pages, table, kv_lens, **options), pool
 
-            each = here if placement is None else _on_heads(here, placement, pool)
+            each = here if placement is None else _on_heads(here, placement, pool, v)
             return each(pool, q, k, v, sinks, (slots, table, rows.kv_lens))
 
         where = rows.token_ids, rows.positions, rows.rope_lens
@@ -250,6 +254,14 @@ def _forward_in_blocks(
     return KVCache(pools), ForwardOutputs(wanted, hidden)
 
 
-def _options(pool: Pool, a: Attention, sinks: Array | None, backend: Backend) -> dict[str, Any]:
-    meaning = {"scale": a.scale, "window": a.window, "softcap": a.softcap, "sinks": sinks}
-    return meaning | {"scales": pool.scales, "backend": backend}
+def _options(pool: Pool, a: Mixer, sinks: Array | None, backend: Backend) -> dict[str, Any]:
+    return attention_options(a) | {"sinks": sinks, "scales": pool.scales, "backend": backend}
+
+
+def attention_options(mixer: Mixer) -> dict[str, Any]:
+    """What the attention ops are told of a layer."""
+    match mixer:
+        case Attention():
+            return {"scale": mixer.scale, "window": mixer.window, "softcap": mixer.softcap}
+        case LatentAttention():
+            return {"scale": mixer.scale, "v_dim": mixer.kv_rank}
