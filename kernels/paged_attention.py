@@ -36,6 +36,7 @@ from jaxpaged.kernels.tiles import (
     Tiles,
     backend_for,
     current_device,
+    heads_together,
     mosaic_shared_bytes,
     splits_for,
     tiles_for,
@@ -57,7 +58,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-    scales: Float[Array, "P page_size sides K"] | None = None,
+    scales: Float[Array, "P page_size 2 K"] | None = None,
     v_dim: int | None = None,
     backend: Backend = "auto",
     interpret: bool = False,
@@ -71,17 +72,18 @@ def paged_attention(
     `num_splits` is into how many parts sequences are cut on average, the long ones into more. Raises ValueError on
     wrong shapes, and on a pool that the backend cannot read on this device.
     """
-    _check(q, pages, page_table, kv_lens, v_dim)
+    _check(q, pages, page_table, kv_lens, scales, v_dim)
     if q.shape[0] != kv_lens.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows but kv_lens has {kv_lens.shape[0]}; decode takes one query each")
     device = current_device()
-    if _choose(backend, device, interpret, v_dim) == "reference":
+    if _choose(backend, device, interpret) == "reference":
         op: _Function = partial(reference.paged_attention, scale=scale, window=window, softcap=softcap, v_dim=v_dim)
         return _forward_only(op, q, pages, page_table, kv_lens, sinks=sinks, scales=scales)
     given = {"block_k": block_k, "num_warps": num_warps, "num_stages": num_stages}
-    kernels, sizes = _kernels("decode", q, pages, scales, scale, backend, device, interpret, **given)
+    kernels, sizes = _kernels("decode", q, pages, scales, scale, v_dim, backend, device, interpret, **given)
     if num_splits is None:
-        num_splits = _splits(pages, page_table, device, window, sizes.block_k)
+        parts = q.shape[1] // heads_together(q.shape[1], pages.shape[3], v_dim, pages.dtype)
+        num_splits = _splits(pages, parts, page_table, device, window, sizes.block_k)
     if num_splits < 1:
         raise ValueError(f"num_splits is {num_splits}; it must be at least 1")
     op = partial(
@@ -92,6 +94,7 @@ def paged_attention(
         tiles=sizes,
         num_splits=num_splits,
         interpret=interpret,
+        **({} if v_dim is None else {"v_dim": v_dim}),
     )
     return _forward_only(op, q, pages, page_table, kv_lens, sinks=sinks, scales=scales)
 
@@ -107,7 +110,7 @@ def ragged_paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-    scales: Float[Array, "P page_size sides K"] | None = None,
+    scales: Float[Array, "P page_size 2 K"] | None = None,
     v_dim: int | None = None,
     backend: Backend = "auto",
     interpret: bool = False,
@@ -120,16 +123,16 @@ def ragged_paged_attention(
 
     Raises ValueError on wrong shapes, and on a pool that the backend cannot read on this device.
     """
-    _check(q, pages, page_table, kv_lens, v_dim)
+    _check(q, pages, page_table, kv_lens, scales, v_dim)
     if cu_q_lens.shape[0] != kv_lens.shape[0] + 1:
         raise ValueError(f"cu_q_lens has {cu_q_lens.shape[0]} entries; {kv_lens.shape[0]} sequences need one more")
     device = current_device()
-    if _choose(backend, device, interpret, v_dim) == "reference":
+    if _choose(backend, device, interpret) == "reference":
         meaning: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "v_dim": v_dim}
         op: _Function = partial(reference.ragged_paged_attention, **meaning)
         return _forward_only(op, q, pages, page_table, cu_q_lens, kv_lens, sinks=sinks, scales=scales)
     given = {"block_q": block_q, "block_k": block_k, "num_warps": num_warps, "num_stages": num_stages}
-    kernels, sizes = _kernels("ragged", q, pages, scales, scale, backend, device, interpret, **given)
+    kernels, sizes = _kernels("ragged", q, pages, scales, scale, v_dim, backend, device, interpret, **given)
     op = partial(
         kernels.ragged_paged_attention,
         scale=scale,
@@ -137,6 +140,7 @@ def ragged_paged_attention(
         softcap=softcap,
         tiles=sizes,
         interpret=interpret,
+        **({} if v_dim is None else {"v_dim": v_dim}),
     )
     return _forward_only(op, q, pages, page_table, cu_q_lens, kv_lens, sinks=sinks, scales=scales)
 
@@ -153,19 +157,15 @@ def _forward_only(op: _Function, *args: Array, **kwargs: Array | None) -> Array:
     return result
 
 
-def _choose(backend: str, device: Device, interpret: bool, v_dim: int | None = None) -> str:
+def _choose(backend: str, device: Device, interpret: bool) -> str:
     if backend not in _BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_BACKENDS)}")
-    if v_dim is not None:
-        if backend not in ("auto", "reference"):
-            raise ValueError(f"the {backend} backend does not read pages of keys alone (v_dim) yet: use reference")
-        return "reference"
     if backend != "auto":
         return backend
     return "triton" if interpret or (device.platform == "gpu" and "NVIDIA" in device.name) else "reference"
 
 
-def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array, v_dim: int | None) -> None:
+def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array, scales: Array | None, v_dim: int | None) -> None:
     sides = 2 if v_dim is None else 1
     if q.ndim != 3 or pages.ndim != 5 or pages.shape[2] != sides:
         raise ValueError(
@@ -173,6 +173,8 @@ def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array, v_dim: int
         )
     if v_dim is not None and not 1 <= v_dim <= pages.shape[4]:
         raise ValueError(f"v_dim is {v_dim}; it must be from 1 to the {pages.shape[4]} numbers of a key")
+    if v_dim is not None and scales is not None:
+        raise ValueError("8-bit pages (scales) cannot hold keys that are values too (v_dim) yet; leave out one")
     if q.shape[1] % pages.shape[3] or q.shape[2] != pages.shape[4]:
         raise ValueError(
             f"q has {q.shape[1]} heads of {q.shape[2]}, pages {pages.shape[3]} of {pages.shape[4]}; "
@@ -184,9 +186,8 @@ def _check(q: Array, pages: Array, page_table: Array, kv_lens: Array, v_dim: int
 
 def unreadable(pages: jax.ShapeDtypeStruct, backend: Backend = "auto") -> str | None:
     """Why the backend would not read such pages on this device, and what to do; None where it would."""
-    device, is_shared = current_device(), pages.shape[2] == 1
-    chosen = _choose("auto" if is_shared else backend, device, False, 1 if is_shared else None)
-    return _unreadable(pages, device) if chosen == "triton" else None
+    device = current_device()
+    return _unreadable(pages, device) if _choose(backend, device, False) == "triton" else None
 
 
 def _unreadable(pages: Array | jax.ShapeDtypeStruct, device: Device) -> str | None:
@@ -210,13 +211,13 @@ def _unreadable(pages: Array | jax.ShapeDtypeStruct, device: Device) -> str | No
     return None
 
 
-def _splits(pages: Array, page_table: Array, device: Device, window: int | None, block_k: int) -> int:
+def _splits(pages: Array, parts: int, page_table: Array, device: Device, window: int | None, block_k: int) -> int:
     num_seqs, max_pages = page_table.shape
     max_keys = max_pages * pages.shape[1]
     return splits_for(
         device,
         num_seqs=num_seqs,
-        kv_heads=pages.shape[3],
+        kv_heads=parts,
         max_keys=max_keys if window is None else min(max_keys, window),
         block_k=block_k,
     )
@@ -228,13 +229,15 @@ def _kernels(
     pages: Array,
     scales: Array | None,
     scale: float,
+    v_dim: int | None,
     backend: str,
     device: Device,
     interpret: bool,
     **given: Any,
 ) -> tuple[Any, Tiles]:
     """The module whose kernels are taken, and their sizes. Raises ValueError where it cannot do what is asked."""
-    facts: dict[str, Any] = {"group": q.shape[1] // pages.shape[3], "head_dim": q.shape[2], "pool": pages.dtype}
+    group = heads_together(q.shape[1], pages.shape[3], v_dim, pages.dtype)
+    facts: dict[str, Any] = {"group": group, "head_dim": q.shape[2], "pool": pages.dtype}
     if backend == "mosaic" or (backend == "auto" and not interpret and backend_for(op, device, **facts) == "mosaic"):
         sizes = tiles_for(op, device, **facts, backend="mosaic", **given)
         needs = _unmet_by_mosaic(op, q, pages, scales, scale, sizes, device, interpret)
@@ -273,6 +276,7 @@ def _unmet_by_mosaic(
         f"compute capability 9.0; {device.name} has {device.capability}": device.capability == 9.0 or interpret,
         f"bfloat16 or float16 q and pages of one type; they are {q.dtype} and {pages.dtype}": has_types,
         "a pool without scales": scales is None,
+        "keys and values apart, without v_dim": pages.shape[2] == 2,
         f"a scale above 0; it is {scale}": scale > 0,
         f"heads of a multiple of 16 up to 256; they are of {dim}": dim % 16 == 0 and dim <= 256,
         f"a page_size that is a multiple of 8; it is {page_size}": page_size % 8 == 0,  # rows of a tile of TMA's

@@ -72,7 +72,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-    scales: Float[Array, "P page_size sides K"] | None = None,
+    scales: Float[Array, "P page_size 2 K"] | None = None,
     v_dim: int | None = None,
 ) -> Float[Array, "S H V"]:
     """One query per sequence, the newest token of `kv_lens`. See `jaxpaged.kernels.paged_attention`."""
@@ -91,7 +91,7 @@ def ragged_paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-    scales: Float[Array, "P page_size sides K"] | None = None,
+    scales: Float[Array, "P page_size 2 K"] | None = None,
     v_dim: int | None = None,
 ) -> Float[Array, "T H V"]:
     """Any number of newest tokens per sequence. See `jaxpaged.kernels.paged_attention`."""

@@ -12,6 +12,8 @@ The rule, for devices and shapes without a row, is triton, with what compiles fo
 - five stages: the page ids of a block are loaded before its keys and take a stage of their own, so that three or four
   keep one block of keys in shared memory and five keep two (decode, D = 128: 39 KB and 72 KB); three where 8-bit
   pools meet an A100, whose registers five would exceed;
+- latents, whose accumulator is 512 wide, have tiles of 32 rows (float32: 16) and 8 warps, with 64 keys at a time on
+  Hopper and 32 elsewhere (float32: 16, and three stages): 64 rows spill;
 - decode splits keys until there are two programs for every multiprocessor, and not at all where sequences suffice.
 Mosaic's tiles have up to 128 rows and 128 keys, 64 and 64 of wide heads, and as many stages as fit in shared memory.
 """
@@ -111,9 +113,24 @@ def splits_for(device: Device, *, num_seqs: int, kv_heads: int, max_keys: int, b
     return max(1, min(wanted, max_keys // (2 * block_k)))
 
 
+def heads_together(heads: int, kv_heads: int, v_dim: int | None, pool: Any) -> int:
+    """Query heads that a program takes: all that share a kv head; with `v_dim`, as many as have rows in a tile."""
+    if v_dim is None:
+        return heads // kv_heads
+    return max(n for n in range(1, _latent_rows(jnp.dtype(pool).itemsize) + 1) if heads // kv_heads % n == 0)
+
+
+def _latent_rows(itemsize: int) -> int:
+    return 16 if itemsize == 4 else 32
+
+
 def rule(op: Op, device: Device, group: int, head_dim: int, itemsize: int) -> Tiles:
     """The sizes that are taken where nothing was measured."""
     wide = head_dim > 128
+    if head_dim > 256:
+        rows, block_k = _latent_rows(itemsize), 16 if itemsize == 4 else 64 if device.capability == 9.0 else 32
+        block_q = 1 if op == "decode" else max(1, rows // group)
+        return Tiles(block_q, block_k, num_warps=8, num_stages=3 if itemsize == 4 else 5)
     if op == "decode":
         block_k = 64 // (2 if wide else 1) // (2 if itemsize == 4 else 1)
         return Tiles(1, block_k, num_warps=4, num_stages=3 if itemsize == 1 and device.capability < 9.0 else 5)

@@ -4,6 +4,9 @@ A program computes one work item (see work.py) for one kv head. Its tile packs t
 that share the kv head: row r is token r // G of the item and head r % G of the group, G = H / K. So decode with G heads
 is a tile of G rows (16 at least, what mma takes), and a prompt's tile of 128 rows reaches wgmma on Hopper.
 
+Where keys hold their values (`v_dim`: latents), a program takes some of the heads that share them, and reads a key in
+two parts, each padded to a power of two: what is its value too, once for both products, and the rest.
+
 Keys are taken `block_k` at a time with an online softmax in base 2 (arXiv 2205.14135), each token's row looked up in
 the page table: rows are copied one by one (cp.async, `num_stages` blocks in flight), so a small page costs nothing.
 
@@ -25,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from jaxpaged.kernels.tiles import Tiles
+from jaxpaged.kernels.tiles import Tiles, heads_together
 from jaxpaged.kernels.work import chunk_work, decode_work
 
 _LOG2_E = math.log2(math.e)
@@ -37,7 +40,7 @@ class _Inputs(NamedTuple):
     """What a kernel reads: arrays outside, references inside."""
 
     q: Any  # [T, H, D]
-    pages: Any  # [P, page_size, 2, K, D]
+    pages: Any  # [P, page_size, sides, K, D]
     page_table: Any  # [S, max_pages]
     work: Any  # Work
     sinks: Any = None  # [H]
@@ -50,6 +53,7 @@ class _Meaning(NamedTuple):
     scale: float
     window: int | None
     softcap: float | None
+    v_dim: int | None
 
 
 def paged_attention(
@@ -66,11 +70,12 @@ def paged_attention(
     tiles: Tiles,
     num_splits: int,
     interpret: bool,
-) -> Float[Array, "S H D"]:
+    v_dim: int | None = None,
+) -> Float[Array, "S H V"]:
     """One query a sequence. With `num_splits` > 1, partial results of S x num_splits items and their merge."""
     work, start = decode_work(kv_lens, window=window, block_k=tiles.block_k, num_splits=num_splits)
     inputs = _Inputs(q, pages, page_table, work, sinks, scales)
-    meaning = _Meaning(scale, window, softcap)
+    meaning = _Meaning(scale, window, softcap, v_dim)
     if num_splits == 1:
         out: Array = _attend(inputs, meaning, tiles, interpret, name="paged_attention_decode")
         return out
@@ -92,28 +97,31 @@ def ragged_paged_attention(
     scales: Array | None,
     tiles: Tiles,
     interpret: bool,
-) -> Float[Array, "T H D"]:
+    v_dim: int | None = None,
+) -> Float[Array, "T H V"]:
     """Any number of newest tokens a sequence, in runs of `tiles.block_q`."""
     work = chunk_work(
         cu_q_lens, kv_lens, num_tokens=q.shape[0], window=window, block_q=tiles.block_q, block_k=tiles.block_k
     )
     inputs = _Inputs(q, pages, page_table, work, sinks, scales)
-    out: Array = _attend(inputs, _Meaning(scale, window, softcap), tiles, interpret, name="paged_attention_ragged")
+    meaning = _Meaning(scale, window, softcap, v_dim)
+    out: Array = _attend(inputs, meaning, tiles, interpret, name="paged_attention_ragged")
     return out
 
 
 def _attend(
     inputs: _Inputs, meaning: _Meaning, tiles: Tiles, interpret: bool, *, name: str, split: bool = False
 ) -> Any:
-    """[T, H, D] in q's dtype; or of a split one, each item's result [W, H, D] and log2 of its denominator [W, H]."""
-    num_items, kv_heads = inputs.work.seq.shape[0], inputs.pages.shape[3]
-    out: Any = jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype)
+    """[T, H, V] in q's dtype; or of a split one, each item's result [W, H, V] and log2 of its denominator [W, H]."""
+    num_items, (rows, heads, dim) = inputs.work.seq.shape[0], inputs.q.shape
+    v_dim = dim if meaning.v_dim is None else meaning.v_dim
+    out: Any = jax.ShapeDtypeStruct((rows, heads, v_dim), inputs.q.dtype)
     if split:
-        shape = (num_items, *inputs.q.shape[1:])
+        shape = num_items, heads, v_dim
         out = (jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:2], jnp.float32))
     return pl.pallas_call(
         functools.partial(_attend_kernel, meaning=meaning, tiles=tiles, split=split),
-        grid=(num_items, kv_heads),
+        grid=(num_items, heads // _group(inputs, meaning)),
         in_specs=[jax.tree.map(lambda _: _WHOLE, inputs)],
         out_specs=jax.tree.map(lambda _: _WHOLE, out),
         out_shape=out,
@@ -123,31 +131,39 @@ def _attend(
     )(inputs)
 
 
+def _group(inputs: _Inputs, meaning: _Meaning) -> int:
+    """Query heads that a program takes."""
+    heads, kv_heads = inputs.q.shape[1], inputs.pages.shape[3]
+    return heads_together(heads, kv_heads, meaning.v_dim, inputs.pages.dtype)
+
+
 _WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def _attend_kernel(ins: _Inputs, *outs: Any, meaning: _Meaning, tiles: Tiles, split: bool) -> None:
-    item, kv_head = pl.program_id(0), pl.program_id(1)
+    item, part = pl.program_id(0), pl.program_id(1)
     num_rows = plt.load(ins.work.num_rows.at[item])
 
     @pl.when(num_rows > 0)
     def _() -> None:
-        _attend_item(ins, outs, item, kv_head, num_rows, meaning=meaning, tiles=tiles, split=split)
+        _attend_item(ins, outs, item, part, num_rows, meaning=meaning, tiles=tiles, split=split)
 
 
 def _attend_item(
     ins: _Inputs,
     outs: tuple[Any, ...],
     item: Array,
-    kv_head: Array,
+    part: Array,
     num_rows: Array,
     *,
     meaning: _Meaning,
     tiles: Tiles,
     split: bool,
 ) -> None:
-    head_dim, page_size = ins.q.shape[2], ins.pages.shape[1]
-    group = ins.q.shape[1] // ins.pages.shape[3]
+    head_dim, (page_size, sides) = ins.q.shape[2], ins.pages.shape[1:3]
+    v_dim = head_dim if meaning.v_dim is None else meaning.v_dim
+    group = _group(ins, meaning)
+    kv_head = part * group // (ins.q.shape[1] // ins.pages.shape[3])
     tile_rows = max(16, pl.next_power_of_2(tiles.block_q * group))
     dtype = _multiply_dtype(ins.q.dtype, ins.pages.dtype)
     # Full float32 products where the data are float32; the hardware's one precision below that.
@@ -157,20 +173,30 @@ def _attend_item(
     first_position = plt.load(ins.work.position.at[item])
     begin, end = plt.load(ins.work.begin.at[item]), plt.load(ins.work.end.at[item])
     row = jnp.arange(tile_rows, dtype=jnp.int32)
-    token, head = row // group, kv_head * group + row % group
+    token, head = row // group, part * group + row % group
     is_row = token < num_rows
     position = first_position + token
-    dim = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
 
-    def in_head(mask: Array) -> Array:
+    def columns(begin: int, end: int) -> tuple[Array, Array | None]:
+        """A head's numbers from `begin` on, as many as a power of two, and which are before `end` (None: all are)."""
+        dim = begin + jnp.arange(pl.next_power_of_2(end - begin), dtype=jnp.int32)
+        return dim, None if dim.shape[0] == end - begin else dim < end
+
+    def in_head(mask: Array, own: Array | None) -> Array:
         """[N] -> [N, D]: true in the lanes that exist."""
-        return mask[:, None] if dim.shape[0] == head_dim else mask[:, None] & (dim < head_dim)[None, :]
+        return mask[:, None] if own is None else mask[:, None] & own[None, :]
 
     def load(ref: Any, mask: Array) -> Array:
         return plt.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
 
-    q_rows = ins.q.at[(first_row + token)[:, None], head[:, None], dim[None, :]]
-    q = load(q_rows, in_head(is_row) & jnp.ones((tile_rows, dim.shape[0]), jnp.bool_)).astype(dtype)
+    value_columns = columns(0, v_dim)
+    key_columns = (value_columns, columns(v_dim, head_dim)) if v_dim < head_dim else (value_columns,)
+
+    def q_part(dim: Array, own: Array | None) -> Array:
+        ref = ins.q.at[(first_row + token)[:, None], head[:, None], dim[None, :]]
+        return load(ref, in_head(is_row, own) & jnp.ones((tile_rows, dim.shape[0]), jnp.bool_)).astype(dtype)
+
+    q = [q_part(*some) for some in key_columns]
 
     def turn(block: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
         acc, top, total = carry
@@ -178,11 +204,13 @@ def _attend_item(
         is_key = key < end
         page, slot = load(ins.page_table.at[seq, key // page_size], is_key), key % page_size
 
-        def rows_of(side: int) -> Array:
+        def rows_of(side: int, dim: Array, own: Array | None) -> Array:
             ref = ins.pages.at[page[:, None], slot[:, None], side, kv_head, dim[None, :]]
-            return load(ref, in_head(is_key) & jnp.ones((tiles.block_k, dim.shape[0]), jnp.bool_)).astype(dtype)
+            return load(ref, in_head(is_key, own) & jnp.ones((tiles.block_k, dim.shape[0]), jnp.bool_)).astype(dtype)
 
-        scores = dot(q, rows_of(0), trans_b=True) * meaning.scale
+        keys = [rows_of(0, *some) for some in key_columns]
+        products = [dot(q_some, k_some, trans_b=True) for q_some, k_some in zip(q, keys, strict=True)]
+        scores = sum(products[1:], start=products[0]) * meaning.scale
         if ins.scales is not None:
             scores *= load(ins.scales.at[page, slot, 0, kv_head], is_key).astype(jnp.float32)[None, :]
         if meaning.softcap is not None:
@@ -197,13 +225,15 @@ def _attend_item(
         total = total * shrink + weights.sum(1)
         if ins.scales is not None:
             weights *= load(ins.scales.at[page, slot, 1, kv_head], is_key).astype(jnp.float32)[None, :]
-        return acc * shrink[:, None] + dot(weights.astype(dtype), rows_of(1)), new_top, total
+        values = keys[0] if sides == 1 else rows_of(1, *value_columns)
+        return acc * shrink[:, None] + dot(weights.astype(dtype), values), new_top, total
 
     top, total = jnp.full(tile_rows, _FLOOR, jnp.float32), jnp.zeros(tile_rows, jnp.float32)
     if ins.sinks is not None:
         leads = plt.load(ins.work.leading.at[item]) > 0
         sink = plt.load(ins.sinks.at[head]).astype(jnp.float32) * _LOG2_E
         top, total = jnp.where(leads, sink, top), jnp.where(leads, 1.0, total)
+    dim, own = value_columns
     carry = (jnp.zeros((tile_rows, dim.shape[0]), jnp.float32), top, total)
     first_block, last_block = begin // tiles.block_k, (end + tiles.block_k - 1) // tiles.block_k
     if tiles.block_q > 1 and meaning.window is None:
@@ -216,7 +246,7 @@ def _attend_item(
     divisor = jnp.where(total > 0.0, total, 1.0)
     out_row = item * tiles.block_q + token if split else first_row + token
     out_ref = outs[0].at[out_row[:, None], head[:, None], dim[None, :]]
-    mask = in_head(is_row) & jnp.ones(acc.shape, jnp.bool_)
+    mask = in_head(is_row, own) & jnp.ones(acc.shape, jnp.bool_)
     plt.store(out_ref, (acc / divisor[:, None]).astype(outs[0].dtype), mask=mask)
     if split:
         plt.store(outs[1].at[out_row, head], top + jnp.log2(divisor), mask=is_row)

@@ -506,7 +506,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "absurd number of experts": ("qwen3_moe", {"num_experts": 10**9}, "num_experts = 1000000000 must be"),
     "dense layer that is not there": ("qwen2_moe", {"mlp_only_layers": [4]}, "mlp_only_layers = [4] must be a list"),
     "tied head with a bias": ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings = True"),
-    "unknown family": ("llama", {"model_type": "mamba"}, "'mamba' is not a known architecture; known: gemma, gemma2"),
+    "unknown family": ("llama", {"model_type": "mamba"}, "'mamba' is not a known architecture; known: deepseek_v2, "),
 }
 
 

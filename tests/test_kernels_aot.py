@@ -89,6 +89,23 @@ def test_default_sizes_spill_no_register_and_copy_asynchronously(gpu, case, op, 
         assert copies["wgmma.mma_async"] > 0
 
 
+@pytest.mark.parametrize("op", [paged_attention, ragged_paged_attention])
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("pool", ["bfloat16", "float32"])
+@pytest.mark.parametrize("gpu", ["H200", "A100"])
+def test_latents_spill_no_register_and_are_copied_asynchronously(gpu, pool, heads, op, tmp_path):
+    """512 numbers of a latent and 64 rotated ones a token, as of all DeepSeek's models."""
+    struct = jax.ShapeDtypeStruct
+    q, rows = (32, ()) if op is paged_attention else (2048, (struct((33,), INT),))
+    args = struct((q, heads, 576), pool), struct((8192, 16, 1, 1, 576), pool), struct((32, 256), INT), *rows
+    program = aot.compile_for(
+        gpu, lambda *args: op(*args, scale=0.1, v_dim=512), *args, struct((32,), INT), dump=tmp_path
+    )
+    kernels = [k for name, k in program.kernels.items() if name != "paged_attention_merge"]
+    assert len(kernels) == 1 and all(k.spilled_bytes == 0 for k in program.kernels.values())
+    assert kernels[0].instructions["cp.async.cg"] > 0
+
+
 @pytest.mark.parametrize("gpu", ["H200", "A100"])
 def test_the_merge_spills_nothing(gpu, tmp_path):
     program = compiled(gpu, paged_attention, tmp_path, num_splits=4)

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreter import INTERPRET
 from safetensors.numpy import load_file, save_file
 from test_engine import LENGTH, PROMPTS, ROOMY, VOCAB, run
 from test_families import tiny
+from test_kernels_dispatch import on
 from test_paged_attention import Options, Pool, exact
 from test_plan import bytes_by_device
 from tiny_models import CASES, write_checkpoint
@@ -26,6 +28,7 @@ from jaxpaged.convert.load import load
 from jaxpaged.engine.forecast import Forecaster
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
 from jaxpaged.kernels.reference import attention
+from jaxpaged.kernels.tiles import heads_together
 from jaxpaged.model.latent import absorbed, expanded
 from jaxpaged.model.moe import route
 from jaxpaged.model.params import dummy_params
@@ -89,13 +92,35 @@ def exact_latent(q, pool, s, v_dim, options):
     return exact(q, pool.k[s], padded, 0.3, options)[..., :v_dim]
 
 
-@pytest.mark.parametrize("options", [Options(), Options(5, 1.5, np.asarray([1.0, -2.0, 0.5], np.float32))])
-def test_ops_read_pages_whose_keys_begin_with_their_values(options):
+SINKS = np.asarray([1.0, -2.0, 0.5], np.float32)
+
+
+KERNEL = {"backend": "triton", "interpret": INTERPRET, "block_k": 16}
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        ({"backend": "reference"}, Options()),
+        ({"backend": "reference"}, Options(5, 1.5, SINKS)),
+        (KERNEL, Options(5, 1.5, SINKS)),
+        pytest.param(KERNEL, Options(), marks=pytest.mark.slow),
+    ],
+    ids=["reference", "reference, all options", "kernel, all options", "kernel"],
+)
+def test_ops_read_pages_whose_keys_begin_with_their_values(how, options):
     rng = np.random.default_rng(0)
     kv_lens, q_lens, v_dim = [20, 1, 0, 64, 37, 16], [20, 1, 0, 1, 18, 15], 10
     pool = Latents(rng, kv_lens, 8, 16, v_dim)
     sinks = None if options.sinks is None else jnp.asarray(options.sinks)
-    meaning = {"scale": 0.3, "window": options.window, "softcap": options.softcap, "sinks": sinks, "v_dim": v_dim}
+    meaning = {
+        "scale": 0.3,
+        "window": options.window,
+        "softcap": options.softcap,
+        "sinks": sinks,
+        "v_dim": v_dim,
+        **how,
+    }
     cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
     q = rng.standard_normal((cu[-1] + 9, 3, 16)).astype(np.float32)
 
@@ -110,6 +135,32 @@ def test_ops_read_pages_whose_keys_begin_with_their_values(options):
     np.testing.assert_allclose(chunks, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("op", [paged_attention, ragged_paged_attention])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_heads_that_share_a_latent_are_cut_over_programs_that_lower_for_nvidia(op, dtype):
+    """V3's sizes. In 16 bits 128 heads are four programs, in float32 eight, whose numbers are the reference's."""
+    struct = jax.ShapeDtypeStruct
+    rows = (struct((3,), jnp.int32),) if op is paged_attention else (struct((4,), jnp.int32), struct((3,), jnp.int32))
+    shapes = struct((3, 128, 576), dtype), struct((9, 16, 1, 1, 576), dtype), struct((3, 2), jnp.int32), *rows
+    with on("NVIDIA H200"):
+        traced = jax.jit(partial(op, scale=1.0, v_dim=512)).trace(*shapes)
+        assert "gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert heads_together(128, 1, 512, dtype) == {"bfloat16": 32, "float32": 16}[dtype]
+
+
+def test_programs_that_share_a_latent_give_what_the_reference_does():
+    rng = np.random.default_rng(2)
+    pool = Latents(rng, [20, 0, 41], 8, 40, 32)
+    q = rng.standard_normal((3, 24, 40)).astype(np.float32)  # heads of two programs, of 12
+    assert heads_together(24, 1, 32, np.float32) == 12
+
+    def decode(**how):
+        op = jax.jit(partial(paged_attention, scale=0.3, v_dim=32, **how))
+        return op(q, pool.pages, pool.table, pool.kv_lens)
+
+    np.testing.assert_allclose(decode(**KERNEL, num_splits=3), decode(backend="reference"), atol=1e-5)
+
+
 def test_ops_refuse_pages_that_do_not_hold_what_is_asked():
     rng = np.random.default_rng(1)
     pool, q = jax.tree.map(jnp.asarray, vars(Latents(rng, [5], 4, 16, 10))), jnp.zeros((1, 2, 16))
@@ -118,6 +169,8 @@ def test_ops_refuse_pages_that_do_not_hold_what_is_asked():
         paged_attention(q, *where, scale=1.0)
     with pytest.raises(ValueError, match="v_dim is 17; it must be from 1 to the 16"):
         paged_attention(q, *where, scale=1.0, v_dim=17)
+    with pytest.raises(ValueError, match=r"\(scales\) cannot hold keys that are values too"):
+        paged_attention(q, *where, scale=1.0, v_dim=10, scales=jnp.ones((5, 4, 2, 1)))
 
 
 def test_both_forms_are_the_same_function_and_so_are_their_gradients():

@@ -41,8 +41,6 @@ class PoolFit:
         self._layers = {(block.mixer, pool) for block, pool in zip(spec.blocks, pools, strict=True)}
         if backend == "reference" or device.platform != "gpu":
             return
-        if latent and backend == "auto":
-            log.warning("layers with latents attend without a kernel on GPUs yet, in plain JAX, and slowly")
         for mixer, pool in self._layers:
             try:
                 _trace(mixer, pool, dtype, config)
