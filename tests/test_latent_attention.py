@@ -228,6 +228,15 @@ def test_cached_prefixes_and_shared_pages_hold_the_same_latents(llm, seeded):
     assert shared == [c.token_ids for c in alone]
 
 
+def test_weights_of_bfloat16_say_about_what_those_of_float32_do():
+    spec = replace(SPEC, blocks=SPEC.blocks[:1])  # who is chosen by a hair may be another in bfloat16
+    params = dummy_params(spec, seed=1)
+    rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    want, got = (LLM((spec, p), warmup=False, **ROOMY).score(PROMPTS[:4]) for p in (params, rounded))
+    for one, other in zip(want, got, strict=True):
+        np.testing.assert_allclose(other, one, atol=0.1)
+
+
 def test_no_step_copies_the_pool():
     runner = make(num_pages=32768, host_cache_gb=2**-9).engine.runner
     pool_bytes = sum(pool.nbytes for pool in jax.tree.leaves(runner.cache))

@@ -10,11 +10,9 @@ there as if all heads shared one kv head, and makes values of what was found: so
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from jaxpaged.model.attention import Attend
@@ -29,9 +27,9 @@ def absorbed(
 ) -> tuple[Float[Array, "T M"], Any]:
     """`attend` gets queries [T, H, row_dim] and rows [T, 1, row_dim], of which the first kv_rank are values too."""
     q, row = _queries(x, p, a, tables), _rows(x, p, a, tables)
-    inward = _contract("thn,hnr->thr", q[..., : a.nope_dim], p["k_up"]["w"])
+    inward = jnp.einsum("thn,hnr->thr", q[..., : a.nope_dim], p["k_up"]["w"])
     out, kv = attend(jnp.concatenate([inward, q[..., a.nope_dim :]], -1), row[:, None], None, a, None)
-    return _outward(_contract("thr,hrv->thv", out, p["v_up"]["w"]), p), kv
+    return _outward(jnp.einsum("thr,hrv->thv", out, p["v_up"]["w"]), p), kv
 
 
 def expanded(
@@ -40,9 +38,9 @@ def expanded(
     """`attend` gets every head's queries and keys [T, H, head_dim] and values [T, H, v_dim]."""
     q, row = _queries(x, p, a, tables), _rows(x, p, a, tables)
     latent, rotated = row[:, : a.kv_rank], row[:, None, a.kv_rank :]
-    k = _contract("tr,hnr->thn", latent, p["k_up"]["w"])
+    k = jnp.einsum("tr,hnr->thn", latent, p["k_up"]["w"])
     k = jnp.concatenate([k, jnp.broadcast_to(rotated, (*k.shape[:2], a.rope.dim))], -1)
-    out, kv = attend(q, k, _contract("tr,hrv->thv", latent, p["v_up"]["w"]), a, None)
+    out, kv = attend(q, k, jnp.einsum("tr,hrv->thv", latent, p["v_up"]["w"]), a, None)
     return _outward(out, p), kv
 
 
@@ -67,13 +65,3 @@ def _rows(
 
 def _outward(values: Float[Array, "T H V"], p: Mapping[str, Any]) -> Float[Array, "T M"]:
     return linear(values.reshape(values.shape[0], -1), p["o"])
-
-
-def _contract(equation: str, x: Array, w: Array) -> Array:
-    """An einsum, summed in float32 and rounded once; on CPUs as `linear.product` is, for its reasons."""
-    plain = partial(jnp.einsum, equation)
-    if x.dtype != jnp.bfloat16:
-        return plain(x, w)
-    wide = partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
-    out: Array = lax.platform_dependent(x, w, cpu=lambda x, w: wide(x, w).astype(x.dtype), default=plain)
-    return out
