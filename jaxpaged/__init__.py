@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from jaxpaged.llm import LLM
     from jaxpaged.logits_processor import LogitsProcessor
+    from jaxpaged.lora_request import LoRARequest
     from jaxpaged.model.sharding import ShardingRules
     from jaxpaged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
@@ -37,6 +38,7 @@ __all__ = [
     "EngineDeadError",
     "EngineStats",
     "JaxpagedError",
+    "LoRARequest",
     "LogitsProcessor",
     "Logprob",
     "PoolError",
@@ -58,6 +60,7 @@ _HOMES = {
     "EngineConfig": "jaxpaged.config",
     "EngineStats": "jaxpaged.engine.stats",
     "LLM": "jaxpaged.llm",
+    "LoRARequest": "jaxpaged.lora_request",
     "LogitsProcessor": "jaxpaged.logits_processor",
     "Logprob": "jaxpaged.outputs",
     "RequestMetrics": "jaxpaged.outputs",

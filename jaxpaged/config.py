@@ -44,6 +44,9 @@ class EngineConfig(Settings):
     seed                          for requests that bring none
     cache_dtype                   of the pool; auto: the weights' dtype, on CPUs float32; fp8 is fp8_e4m3
     attention_backend             auto: the kernels that fit the device, else plain jnp, which is "reference"
+    enable_lora                   serve LoRA adapters beside the model: requests name theirs
+    max_loras                     adapters whose requests run together; room for so many is kept on the device
+    max_lora_rank                 highest rank of an adapter
     speculative_config            guess tokens ahead and check several in one step: a SpeculativeConfig, or its fields
     batch_invariant               a token's logprob has the same bits in any batch; slower (docs/training.md)
     warmup                        compile every bucket at the start rather than when it is first met
@@ -71,6 +74,9 @@ class EngineConfig(Settings):
     seed: int = 0
     cache_dtype: CacheDtype = "auto"
     attention_backend: AttentionBackend = "auto"
+    enable_lora: bool = False
+    max_loras: int = 4
+    max_lora_rank: int = 16
     speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None
     batch_invariant: bool = False
     warmup: bool = True
@@ -92,6 +98,11 @@ class EngineConfig(Settings):
                 self._check_int(name, low)
         self._check_bool("enable_prefix_caching")
         self._check_bool("batch_invariant")
+        self._check_bool("enable_lora")
+        self._check_int("max_loras", 1)
+        self._check_int("max_lora_rank", 1)
+        if self.enable_lora and self.batch_invariant:
+            raise ConfigError("enable_lora does not work with batch_invariant yet; leave out one of them")
         if isinstance(self.speculative_config, Mapping):
             self._set("speculative_config", SpeculativeConfig(**self.speculative_config))
         if not isinstance(self.speculative_config, (SpeculativeConfig, type(None))):

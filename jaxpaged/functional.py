@@ -24,12 +24,15 @@ from jaxpaged.kernels.paged_attention import Backend
 from jaxpaged.model.blocks import in_blocks
 from jaxpaged.model.cache import KVCache, Pool, auto_dtype, init_cache
 from jaxpaged.model.decoder import apply
+from jaxpaged.model.lora import Adapter, Factors, init_adapter, with_adapter
 from jaxpaged.model.params import Params
 from jaxpaged.model.sampling import logprobs_in_blocks
 from jaxpaged.model.spec import Decoder
 from jaxpaged.model.step import ForwardOutputs, StepInputs, forward
 
 __all__ = [
+    "Adapter",
+    "Factors",
     "ForwardOutputs",
     "KVCache",
     "Pool",
@@ -37,10 +40,12 @@ __all__ = [
     "StepInputs",
     "apply",
     "decode_loop",
+    "init_adapter",
     "init_cache",
     "pack",
     "score",
     "step",
+    "with_adapter",
 ]
 
 _SCORED_ROWS = 256  # tokens whose logits are held at a time

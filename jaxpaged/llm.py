@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +18,19 @@ from jaxpaged.config import PARALLEL_SIZES, EngineConfig
 from jaxpaged.convert.checkpoint import orbax_tree
 from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import LoadedModel, load
+from jaxpaged.convert.peft import read_adapter
 from jaxpaged.engine import exports
+from jaxpaged.engine.adapters import ReadAdapter
 from jaxpaged.engine.chat_template import TEMPLATE_SWITCHES, variables_of
 from jaxpaged.engine.compilation import Build, traced
 from jaxpaged.engine.embedding import unit_length
-from jaxpaged.engine.engine import Engine, request_ids
+from jaxpaged.engine.engine import Engine, UpdatePolicy, request_ids
 from jaxpaged.engine.prompts import AnyPrompt, given, listed
 from jaxpaged.engine.report import OutputKind
 from jaxpaged.engine.tokenizer import Tokenizer, load_tokenizer
 from jaxpaged.errors import CheckpointError, ConfigError, RequestError
+from jaxpaged.lora_request import LoRARequest
+from jaxpaged.model.lora import Adapter
 from jaxpaged.model.params import Params
 from jaxpaged.model.sharding import Placement, ShardingRules, parallel
 from jaxpaged.model.spec import Decoder
@@ -38,6 +43,9 @@ _OF_ANY_TEMPLATE = ("add_generation_prompt", "continue_final_message", *TEMPLATE
 
 Message = Mapping[str, Any]
 """{"role": "user", "content": "..."}"""
+
+AskedLoRA = LoRARequest | str | None
+"""An adapter, the name of one that the engine knows, or none."""
 
 
 class LLM:
@@ -66,6 +74,7 @@ class LLM:
         config = config or EngineConfig(**settings)
         placement = _placement(mesh, sharding_rules, config)
         eos_token_ids: frozenset[int] = frozenset()
+        read: ReadAdapter | None = None
         if isinstance(model, tuple):
             spec, params = model
         elif orbax_tree(model) is not None:
@@ -75,6 +84,7 @@ class LLM:
             loaded = load(model, dtype=dtype, put_for=placement.put_for if placement is not None else None)
             spec, params = loaded.spec, loaded.params
             eos_token_ids = _eos_of(loaded.config)
+            read = partial(read_adapter, spec=spec, config=loaded.config) if loaded.config else None
             tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(loaded)
         if isinstance(tokenizer, (str, Path)):
             folder, tokenizer = tokenizer, load_tokenizer(tokenizer)
@@ -89,6 +99,7 @@ class LLM:
             show_progress=True,
             placement=placement,
             build=build,
+            read_adapter=read,
         )
         self._ids = request_ids()
         self._inbox: dict[str, list[RequestOutput]] = {}  # outputs of requests that are being waited for
@@ -116,14 +127,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: AskedLoRA | Sequence[AskedLoRA] = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; outputs come in the order of the prompts.
 
         A prompt is text, token ids (a list or an array), or as in vLLM {"prompt": ...} or {"prompt_token_ids": ...}.
-        One `SamplingParams` serves all prompts, or each has its own. Raises RequestError before anything runs where one
-        of them cannot be served.
+        One `SamplingParams` serves all prompts, or each has its own; so does one `lora_request`. Raises RequestError
+        before anything runs where one of them cannot be served.
         """
-        return self._run(listed(prompts), sampling_params, use_tqdm)
+        return self._run(listed(prompts), sampling_params, use_tqdm, lora_request)
 
     def chat(
         self,
@@ -131,6 +143,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: AskedLoRA | Sequence[AskedLoRA] = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_variables: Any,
@@ -142,21 +155,30 @@ class LLM:
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         variables = {**(chat_template_kwargs or {}), **template_variables}
         prompts = [self.encode_chat(c, chat_template=chat_template, **variables) for c in conversations]
-        return self._run(prompts, sampling_params, use_tqdm)
+        return self._run(prompts, sampling_params, use_tqdm, lora_request)
 
     def beam_search(
-        self, prompts: AnyPrompt | Iterable[AnyPrompt], params: BeamSearchParams, *, use_tqdm: bool = True
+        self,
+        prompts: AnyPrompt | Iterable[AnyPrompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = True,
+        lora_request: AskedLoRA | Sequence[AskedLoRA] = None,
     ) -> list[RequestOutput]:
         """Continue every prompt by beam search; the `outputs` of each are its hypotheses, best first."""
         if not isinstance(params, BeamSearchParams):
             raise RequestError(f"the parameters of a beam search are {params!r:.80}; give a BeamSearchParams")
-        return self._run(listed(prompts), params, use_tqdm)
+        return self._run(listed(prompts), params, use_tqdm, lora_request)
 
     def stream(
-        self, prompt: AnyPrompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: AnyPrompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: AskedLoRA = None,
     ) -> Generator[RequestOutput, None, None]:
         """Complete one prompt, yielding what is new as it comes; closing the iterator ends the request."""
-        request_id = self._add(prompt, sampling_params, "delta")
+        request_id = self._add(prompt, sampling_params, "delta", lora_request=lora_request)
         try:
             while True:
                 while inbox := self._inbox[request_id]:
@@ -168,7 +190,11 @@ class LLM:
             self._forget([request_id])
 
     def score(
-        self, prompts: AnyPrompt | Iterable[AnyPrompt], completions: Iterable[AnyPrompt] | None = None
+        self,
+        prompts: AnyPrompt | Iterable[AnyPrompt],
+        completions: Iterable[AnyPrompt] | None = None,
+        *,
+        lora_request: AskedLoRA = None,
     ) -> list[np.ndarray]:
         """log p(token | those before it) of every token of each prompt but the first: float32 arrays [tokens - 1].
 
@@ -177,7 +203,7 @@ class LLM:
         before = [given(prompt).prompt for prompt in listed(prompts)]
         after = [given(completion).prompt for completion in completions] if completions is not None else None
         with self._alone():
-            return self.engine.score(before, after)
+            return self.engine.score(before, after, lora_request)
 
     def embed(
         self,
@@ -186,13 +212,14 @@ class LLM:
         *,
         normalize: bool = True,
         use_tqdm: bool = True,
+        lora_request: AskedLoRA = None,
     ) -> np.ndarray:
         """A vector for each prompt, float32 [prompts, dim]: the mean of its tokens' last hidden states, or the last.
 
         They are the model's after its last norm. With `normalize` each vector has length 1. A prompt whose logits were
         not finite gets NaNs. Raises RequestError before anything runs where a prompt cannot be served.
         """
-        requests = (self._add(prompt, None, "final", pooling) for prompt in listed(prompts))
+        requests = (self._add(prompt, None, "final", pooling, lora_request) for prompt in listed(prompts))
         outputs = self._wait(requests, "embedding", use_tqdm)
         nothing = np.full(self.engine.spec.dim, np.nan, np.float32)
         rows = [output.embedding if output.embedding is not None else nothing for output in outputs]
@@ -236,6 +263,25 @@ class LLM:
         """
         self.engine.runner.end()
 
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Read an adapter before it is asked for: `Engine.add_lora`."""
+        with self._alone():
+            return self.engine.add_lora(lora_request)
+
+    def update_lora(self, name: str, adapter: Adapter, *, scale: float = 1.0, policy: UpdatePolicy = "keep") -> None:
+        """Give an adapter, known or new, these arrays: `Engine.update_lora`."""
+        with self._alone():
+            self.engine.update_lora(name, adapter, scale=scale, policy=policy)
+
+    def remove_lora(self, name: str) -> None:
+        """Forget an adapter: `Engine.remove_lora`."""
+        with self._alone():
+            self.engine.remove_lora(name)
+
+    def list_loras(self) -> list[LoRARequest]:
+        """The adapters that requests may name."""
+        return self.engine.list_loras()
+
     def sleep(self, level: Literal[1, 2] = 1) -> None:
         """Give back the pool's memory and, at level 2, the weights': `Engine.sleep`."""
         with self._alone():
@@ -256,11 +302,17 @@ class LLM:
         prompts: Sequence[AnyPrompt],
         params: SamplingParams | Sequence[SamplingParams] | BeamSearchParams | None,
         use_tqdm: bool,
+        lora_request: AskedLoRA | Sequence[AskedLoRA],
     ) -> list[RequestOutput]:
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts):,} prompts but {len(each):,} sampling_params; give one, or one for each")
-        adding = (self._add(prompt, own, "final") for prompt, own in zip(prompts, each, strict=True))
+        is_one = lora_request is None or isinstance(lora_request, (LoRARequest, str))
+        loras: Any = [lora_request] * len(prompts) if is_one else lora_request
+        if len(loras) != len(prompts):
+            raise RequestError(f"{len(prompts):,} prompts but {len(loras):,} lora_requests; give one, or one for each")
+        wanted = zip(prompts, each, loras, strict=True)
+        adding = (self._add(prompt, own, "final", lora_request=lora) for prompt, own, lora in wanted)
         return self._wait(adding, "generating", use_tqdm)
 
     def _wait(self, adding: Iterator[str], doing: str, use_tqdm: bool) -> list[RequestOutput]:
@@ -294,15 +346,25 @@ class LLM:
         params: SamplingParams | BeamSearchParams | None,
         kind: OutputKind,
         pooling: Pooling | None = None,
+        lora_request: AskedLoRA = None,
     ) -> str:
         plain, text, salt = given(prompt)
         with self._alone():
             request_id = next(self._ids)
             if isinstance(params, BeamSearchParams):
-                self.engine.add_beam_search(request_id, plain, params, prompt_text=text, cache_salt=salt)
+                self.engine.add_beam_search(
+                    request_id, plain, params, prompt_text=text, cache_salt=salt, lora_request=lora_request
+                )
             else:
                 self.engine.add_request(
-                    request_id, plain, params, output_kind=kind, prompt_text=text, cache_salt=salt, pooling=pooling
+                    request_id,
+                    plain,
+                    params,
+                    output_kind=kind,
+                    prompt_text=text,
+                    cache_salt=salt,
+                    pooling=pooling,
+                    lora_request=lora_request,
                 )
             self._inbox[request_id] = []
         return request_id

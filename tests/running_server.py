@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
@@ -48,9 +49,14 @@ class RunningServer(NamedTuple):
 
 @contextmanager
 def running(
-    folder: Path, *, queued: int | None = None, tracing: Tracing | None = None, **options: Any
+    folder: Path,
+    *,
+    queued: int | None = None,
+    tracing: Tracing | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
 ) -> Iterator[RunningServer]:
-    engine = AsyncEngine.load(folder, max_num_queued_requests=queued, **SMALL)
+    engine = AsyncEngine.load(folder, max_num_queued_requests=queued, **SMALL, **settings)
     app = App(engine, ServerOptions(models=("tiny", "tiny-too"), **options), tracing)
     server, found = make_server(app), listen("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[found])))

@@ -250,8 +250,8 @@ def test_stats_count_the_tokens(llm, capsys):
 def interrupt_after(llm, monkeypatch, num_deltas, times=1):
     stream = llm.stream
 
-    def interrupted(prompt, params):
-        for number, delta in enumerate(stream(prompt, params), 1):
+    def interrupted(prompt, params, **asked):
+        for number, delta in enumerate(stream(prompt, params, **asked), 1):
             if number == num_deltas:
                 for _ in range(times):
                     signal.raise_signal(signal.SIGINT)

@@ -23,6 +23,7 @@ EXPECTED = {
     "chat": ["> "],
     "structured": ["city: {'name': ", "blue: ", "time: "],
     "speculative": ["one by one: ", "as before: ", " guesses came true", "  the same tokens"],
+    "lora": ["  pirate: The capital of France is' a fine harbour, arr!", "after 40 steps"],
     "logits_processor": ["'Once upon a time' -> ", "'The weather today is' -> "],
     "custom_sampler": ["'Once upon a time' -> "],
     "batch": ["What is the colour of carrot? ", "32 requests, ", "prompt tokens came from the prefix cache"],

@@ -17,6 +17,7 @@ WORDS = (
     "jaxpaged.errors",
     "jaxpaged.settings",
     "jaxpaged.logits_processor",
+    "jaxpaged.lora_request",
     "jaxpaged.structured_outputs",
     "jaxpaged.sampling_params",
     "jaxpaged.speculative_config",
@@ -30,7 +31,9 @@ MAY_IMPORT = {
     "jaxpaged.kernels": ("jaxpaged.kernels",),
     "jaxpaged.model": ("jaxpaged.model", "jaxpaged.kernels", "jaxpaged.errors"),
     "jaxpaged.functional": ("jaxpaged.model", "jaxpaged.kernels", "jaxpaged.errors"),
-    "jaxpaged.convert": ("jaxpaged.convert", "jaxpaged.model.spec", "jaxpaged.model.params", "jaxpaged.errors"),
+    "jaxpaged.convert": (
+        *("jaxpaged.convert", "jaxpaged.model.spec", "jaxpaged.model.params", "jaxpaged.model.lora", "jaxpaged.errors"),
+    ),
     "jaxpaged.convert.__main__": ("jaxpaged",),
     "jaxpaged.engine": ("jaxpaged.engine", "jaxpaged.model", "jaxpaged.kernels", *WORDS),
 } | dict.fromkeys(WORDS, WORDS)
@@ -39,6 +42,7 @@ WITHOUT_JAX = (
     *WORDS,
     "jaxpaged",
     "jaxpaged.engine.request",
+    "jaxpaged.engine.adapters",
     "jaxpaged.engine.page_pool",
     "jaxpaged.engine.drafts",
     "jaxpaged.engine.scheduler",

@@ -93,6 +93,9 @@ class FakeEngine:
     def describe(self):
         return "nothing"
 
+    def loras(self):
+        return []
+
 
 @pytest.mark.parametrize("text", ['{"top_p": 2}', '{"temperature": "hot"}', "{", "[]"])
 def test_a_broken_file_is_named(folder, tmp_path, capsys, text):

@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from jaxpaged.cli.options import (
     add_engine_arguments,
+    add_lora_path,
     add_sampling_arguments,
     chat_template,
     engine_options,
+    lora_options,
+    lora_request,
     sampling_params,
 )
 from jaxpaged.errors import RequestError
 
 if TYPE_CHECKING:
     from jaxpaged.llm import LLM
+    from jaxpaged.lora_request import LoRARequest
     from jaxpaged.sampling_params import SamplingParams
 
 HELP = "/reset forgets the conversation, /system TEXT sets the instructions, /exit leaves; Ctrl-C stops an answer"
@@ -32,6 +36,7 @@ HELP = "/reset forgets the conversation, /system TEXT sets the instructions, /ex
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add_engine_arguments(parser)
+    add_lora_path(parser)
     parser.add_argument("--system", help="instructions that stand before the conversation")
     parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template (default: the checkpoint's)")
     parser.add_argument("--stats", action="store_true", help="show tokens and tokens/s after each answer")
@@ -41,10 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read a line, answer it, until the end of the input. Raises JaxpagedError where the model cannot be loaded."""
     params, template = sampling_params(args, max_tokens=None), chat_template(args.chat_template)
+    adapter = lora_request(args)
 
     from jaxpaged import LLM  # only here: `--help` needs no jax
 
-    llm = LLM(args.model, **({"max_num_seqs": 1} | engine_options(args)))
+    llm = LLM(args.model, **({"max_num_seqs": 1} | lora_options(args) | engine_options(args)))
     if llm.tokenizer is not None and template is not None:
         llm.tokenizer.chat_template = template
     if llm.tokenizer is None or llm.tokenizer.chat_template is None:
@@ -52,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     with suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  # gives `input` line editing and a history
     print(HELP)
-    chat = Chat(llm, params, args.system, show_stats=args.stats)
+    chat = Chat(llm, params, args.system, show_stats=args.stats, adapter=adapter)
     try:
         while chat.take(input("\n> ")):
             pass
@@ -64,8 +70,16 @@ def run(args: argparse.Namespace) -> int:
 class Chat:
     """One conversation: its messages, and what answers them."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None, *, show_stats: bool = False):
-        self.llm, self.params, self.show_stats = llm, params, show_stats
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str | None = None,
+        *,
+        show_stats: bool = False,
+        adapter: LoRARequest | None = None,
+    ):
+        self.llm, self.params, self.show_stats, self.adapter = llm, params, show_stats, adapter
         self.messages: list[dict[str, Any]] = []
         self.reset(system)
 
@@ -111,7 +125,7 @@ class Chat:
         start = time.perf_counter()
         first: float | None = None
         with _interrupts() as interrupted:
-            for delta in self.llm.stream(prompt, self.params):
+            for delta in self.llm.stream(prompt, self.params, lora_request=self.adapter):
                 first = first or time.perf_counter()
                 pieces.append(delta.outputs[0].text)
                 num_tokens += len(delta.outputs[0].token_ids)

@@ -11,10 +11,13 @@ from typing import Any
 
 from jaxpaged.cli.options import (
     add_engine_arguments,
+    add_lora_path,
     add_process_arguments,
     add_sampling_arguments,
     engine_options,
     join_processes,
+    lora_options,
+    lora_request,
     sampling_params,
 )
 from jaxpaged.config import EngineConfig
@@ -26,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add_engine_arguments(parser)
     add_process_arguments(parser)
+    add_lora_path(parser)
     parser.add_argument("prompt", nargs="*", help="prompts; none: one per line of --file or of standard input")
     parser.add_argument(
         "--file", type=Path, help="one prompt per line; a .jsonl line is a string or a list of token ids"
@@ -38,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Complete all prompts; a single one is shown as it is written. Raises JaxpagedError."""
     prompts = _read_prompts(args)
-    params = sampling_params(args)
+    params, adapter = sampling_params(args), lora_request(args)
 
     from jaxpaged import LLM  # only here: `--help` needs no jax
 
     leads = join_processes(args)
 
     room = min(EngineConfig.max_num_seqs, len(prompts) * params.num_completions)  # few prompts need few compiled steps
-    llm = LLM(args.model, **({"max_num_seqs": room} | engine_options(args)))
+    llm = LLM(args.model, **({"max_num_seqs": room} | lora_options(args) | engine_options(args)))
     if not leads:
         llm.follow()
         return 0
@@ -53,11 +57,12 @@ def run(args: argparse.Namespace) -> int:
         prompts = [llm.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
 
     if len(prompts) == 1 and params.num_completions == 1 and not args.json:
-        for delta in llm.stream(prompts[0], params):
+        for delta in llm.stream(prompts[0], params, lora_request=adapter):
             print(delta.outputs[0].text, end="", flush=True)
         print()
         return 0
-    for output in llm.generate(prompts, params, use_tqdm=sys.stderr.isatty()):
+    use_tqdm = sys.stderr.isatty()
+    for output in llm.generate(prompts, params, use_tqdm=use_tqdm, lora_request=adapter):
         print(json.dumps(as_json(output), ensure_ascii=False) if args.json else _as_text(output))
     return 0
 

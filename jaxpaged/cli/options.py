@@ -16,6 +16,7 @@ from typing import Any
 
 from jaxpaged.config import PARALLEL_SIZES, EngineConfig
 from jaxpaged.errors import ConfigError
+from jaxpaged.lora_request import LoRARequest
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.settings import Settings
 from jaxpaged.speculative_config import SpeculativeConfig
@@ -45,7 +46,6 @@ INSTEAD = {
     "--swap-space": "pages are kept on the host with --host-cache-gb",
     "--quantization": "weights are dequantised as they are loaded; leave it out",
     "--load-format": "the format is told by the files; leave it out",
-    "--enable-lora": "adapters are not served; merge them into the checkpoint",
     "--root-path": "it is served below any path; have the proxy take the path off",
 }
 """vLLM's flags that people bring along, and what to do without them."""
@@ -109,6 +109,65 @@ def join_processes(args: argparse.Namespace) -> bool:
             "until there are as many as all have together"
         )
     return distributed.is_leader()
+
+
+def add_lora_modules(group: Any) -> None:
+    """Adapters to serve, by name."""
+    group.add_argument(
+        "--lora-modules",
+        nargs="+",
+        type=_lora_module,
+        default=[],
+        metavar="NAME=PATH",
+        help="adapters, each a folder as PEFT saves it, for requests whose `model` is NAME; with --enable-lora",
+    )
+
+
+def lora_modules(args: argparse.Namespace) -> list[LoRARequest]:
+    """Those adapters, known to be there. Raises ConfigError and CheckpointError: loading the model takes long."""
+    from jaxpaged.convert.checkpoint import locate
+
+    modules: list[tuple[str, str]] = args.lora_modules
+    names = [name for name, _ in modules]
+    if modules and not getattr(args, "enable_lora", False):
+        raise ConfigError(f"--lora-modules names {', '.join(names)} but --enable-lora is not given; give it")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"--lora-modules names {', '.join(sorted(twice))} more than once; give each its own name")
+    for _, path in modules:
+        locate(path)
+    return [LoRARequest(name, number, path) for number, (name, path) in enumerate(modules, 1)]
+
+
+def _lora_module(text: str) -> tuple[str, str]:
+    """NAME=PATH, or vLLM's JSON of the same."""
+    if text.lstrip().startswith("{"):
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r:.80} is no JSON: {error}") from None
+        name, path = given.get("name"), given.get("path")
+    else:
+        name, _, path = text.partition("=")
+    if not (isinstance(name, str) and name and isinstance(path, str) and path):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} names no adapter; write NAME=PATH")
+    return name, path
+
+
+def add_lora_path(parser: argparse.ArgumentParser) -> None:
+    """One adapter for all that is asked."""
+    parser.add_argument("--lora-path", metavar="PATH", help="answer with this adapter, a folder as PEFT saves it")
+
+
+def lora_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What of LLM's keyword arguments the adapter of --lora-path takes."""
+    return {} if args.lora_path is None else {"enable_lora": True, "max_loras": 1}
+
+
+def lora_request(args: argparse.Namespace) -> LoRARequest | None:
+    """The adapter of --lora-path, known to be there. Raises CheckpointError: loading the model takes long."""
+    from jaxpaged.convert.checkpoint import locate
+
+    return None if args.lora_path is None else LoRARequest("adapter", 1, locate(args.lora_path))
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ENGINE_FIELDS = (
     *("tensor_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size", "memory_utilization"),
     *("page_size", "num_pages", "max_model_len", "max_num_seqs", "cache_dtype"),
+    *("enable_lora", "max_loras", "max_lora_rank"),
 )
 _UNITS = {"": 1} | {f"{p}{b}": n**i for b, n in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", 1)}
 _SPEEDS = {"flops": 1e12, "hbm_bandwidth": 1e9, "link_bandwidth": 1e9}
@@ -110,10 +111,11 @@ def run(args: argparse.Namespace) -> int:
 def _details(tensor: int, data: int, found: Forecast, step: DecodeStep, speeds: Speeds) -> str:
     computing, reading, links = (f"{seconds * 1e3:9.3f} ms" for seconds in step.seconds(speeds))
     total, read = step.total(speeds), step.weight_bytes + step.kv_bytes
+    adapters = f"\n  adapters  {_size(found.adapter_bytes):>12}" if found.adapter_bytes else ""
     return f"""\
 fits with tensor parallel {tensor} x data parallel {data}
 each device holds
-  weights   {_size(found.weight_bytes):>12}
+  weights   {_size(found.weight_bytes):>12}{adapters}
   pool      {_size(found.pool_bytes):>12}   {found.num_pages:,} pages, {found.page_bytes:,} bytes each
   left      {_size(found.free_bytes):>12}
 each copy of the model has room for

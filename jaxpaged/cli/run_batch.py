@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jaxpaged.cli.answer_options import add_answer_arguments, answer_options
-from jaxpaged.cli.options import add_engine_arguments, engine_options
+from jaxpaged.cli.options import add_engine_arguments, add_lora_modules, engine_options, lora_modules
 from jaxpaged.errors import ConfigError
 
 
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--served-model-name", nargs="+", metavar="TEXT", help="what lines may call the model (default: MODEL)"
     )
+    add_lora_modules(group)
     add_answer_arguments(group)
     group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
 
@@ -43,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     num_lines = sum(1 for _ in batch_file.lines(args.input_file))  # first: loading takes long
     if args.output_file.exists() and not args.resume:
         raise ConfigError(f"{args.output_file} exists; remove it, or give --resume to go on where it ends")
-    answers = answer_options(args)
-    engine = AsyncEngine.load(args.model, **engine_options(args))
+    modules, answers = lora_modules(args), answer_options(args)
+    engine = AsyncEngine.load(args.model, lora_modules=modules, **engine_options(args))
     models = tuple(args.served_model_name or [str(args.model)])
     app = App(engine, ServerOptions(models=models, **answers))
     try:

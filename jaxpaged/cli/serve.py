@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxpaged.cli.answer_options import add_answer_arguments, answer_options
-from jaxpaged.cli.options import add_engine_arguments, add_process_arguments, engine_options, join_processes
+from jaxpaged.cli.options import (
+    add_engine_arguments,
+    add_lora_modules,
+    add_process_arguments,
+    engine_options,
+    join_processes,
+    lora_modules,
+)
 from jaxpaged.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-admin", action="store_true", help="serve /pause, /resume, /sleep, /wake_up, /reset_prefix_cache"
     )
+    add_lora_modules(group)
     add_answer_arguments(group)
     group.add_argument(
         "--allowed-origins",
@@ -85,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxpaged").setLevel(logging.INFO)
+    modules = lora_modules(args)
     answers, tracing = answer_options(args), _tracing(args.otlp_traces_endpoint)
     tls = tls_files(args.ssl_certfile, args.ssl_keyfile)
     options = engine_options(args)
@@ -98,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxpaged.server.async_engine import AsyncEngine
 
     queued = options.pop("max_num_queued_requests", MAX_NUM_QUEUED)
-    engine = AsyncEngine.load(args.model, max_num_queued_requests=queued, **options)
+    engine = AsyncEngine.load(args.model, max_num_queued_requests=queued, lora_modules=modules, **options)
     keys = tuple(key for key in (*args.api_key, os.environ.get("JAXPAGED_API_KEY", "")) if key)
     app = App(
         engine,

@@ -203,6 +203,15 @@ def pack(
     return StepInputs(token_ids, source, positions, rope_lens, slots, page_table, kv_lens, cu_q_lens, logit_rows)
 
 
+def pack_adapters(plan: Plan, bucket: Bucket) -> np.ndarray:
+    """The slot of each token's adapter; -1: none."""
+    slots: np.ndarray = _full(bucket.num_tokens, -1)
+    for _, first, chunk in tokens_of(plan, bucket):
+        if (adapter := chunk.sequence.adapter) is not None:
+            slots[first : first + chunk.length + len(chunk.draft)] = adapter.slot
+    return slots
+
+
 def pack_copies(plan: Plan, num_pages: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Source and target pages in pieces of `COPIES_PER_CALL`, the last one padded with targets past the pool."""
     return _in_pieces(plan.copies, COPIES_PER_CALL, (0, num_pages))

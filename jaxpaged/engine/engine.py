@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.engine.adapters import Adapters, ReadAdapter
 from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.compilation import Build, traced
 from jaxpaged.engine.detokenizer import Detokenizer
@@ -35,6 +36,8 @@ from jaxpaged.engine.shards import make_shards
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestError
+from jaxpaged.lora_request import LoRARequest
+from jaxpaged.model import lora
 from jaxpaged.model.params import Params
 from jaxpaged.model.sampling import Logprobs
 from jaxpaged.model.sharding import Placement
@@ -64,11 +67,12 @@ class Engine:
         show_progress: bool = False,
         placement: Placement | None = None,
         build: Build = traced,
+        read_adapter: ReadAdapter | None = None,
     ) -> None:
         """Make the pool; with `config.warmup`, compile. Raises ConfigError where model, memory or config do not fit.
 
         With a `placement` weights and pool are cut over its mesh. `build` says where compiled functions come from: see
-        `engine.exports`.
+        `engine.exports`. `read_adapter` reads the folders of adapters, whose names are the checkpoint's.
         """
         self.config = config or EngineConfig()
         self.spec = spec
@@ -77,7 +81,15 @@ class Engine:
         self.runner = Runner(spec, params, self.config, placement, build)
         self.max_model_len = self.runner.max_model_len
         self._host = HostTier(self.runner.num_host_pages, self.runner.min_host_pages)
-        self.shards = make_shards(spec, self.config, self.runner, self._host if self._host.num_slots else None)
+        self.adapters = Adapters(
+            self.config.max_loras if self.config.enable_lora else 0,
+            self.config.max_lora_rank,
+            {path: (leaf.shape[0], leaf.shape[1]) for path, leaf in lora.adaptable(spec).items()},
+            params["embed"]["w"].dtype,
+            read_adapter,
+        )
+        host = self._host if self._host.num_slots else None
+        self.shards = make_shards(spec, self.config, self.runner, host, self.adapters)
         self._intake = Intake(spec, self.config, tokenizer, self.eos_token_ids, self.max_model_len)
         self._requests: dict[str, Tracked] = {}
         self._groups = [Groups(self.runner.num_stages, self.config.page_size) for _ in self.shards]
@@ -124,6 +136,7 @@ class Engine:
         cache_salt: str | None = None,
         pooling: Pooling | None = None,
         grammar: Grammar | None = None,
+        lora_request: LoRARequest | str | None = None,
     ) -> None:
         """Queue a request. Raises, with nothing queued, RequestError where it can never be served and QueueFullError
         where `max_num_queued_requests` wait already.
@@ -131,7 +144,8 @@ class Engine:
         `prompt_text` is reported as the prompt of one given as token ids. With `scheduling_policy="priority"` the
         lowest `priority` comes first. Prefixes are shared only among requests with the same `cache_salt`. With a
         `pooling`, which takes no `params`, the request gets an embedding of the prompt, and no token. `grammar` is
-        what `grammar(params)` gave; without it, structured outputs are compiled here.
+        what `grammar(params)` gave; without it, structured outputs are compiled here. `lora_request` is the adapter
+        wanted, or the name of one that is known.
         """
         params = params or (SamplingParams() if pooling is None else EMBEDDING)
         if not isinstance(params, SamplingParams):
@@ -146,6 +160,7 @@ class Engine:
             cache_salt=cache_salt,
             pooling=pooling,
             grammar=grammar,
+            adapter=self.adapters.find(lora_request),
         )
         if params.processor is not None:
             if (count := self.runner.num_processes) > 1:
@@ -163,11 +178,18 @@ class Engine:
         prompt_text: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_request: LoRARequest | str | None = None,
     ) -> None:
         """Queue a beam search, as `add_request` does; its one output has the hypotheses as completions, best first."""
         self._check_room(request_id)
         request = self._intake.beam_request(
-            request_id, prompt, params, prompt_text=prompt_text, priority=priority, cache_salt=cache_salt
+            request_id,
+            prompt,
+            params,
+            prompt_text=prompt_text,
+            priority=priority,
+            cache_salt=cache_salt,
+            adapter=self.adapters.find(lora_request),
         )
         self._add(Tracked(request, "final", [], [], BeamSearch(request, params)))
 
@@ -228,14 +250,20 @@ class Engine:
         outputs = self.take_aborted()
         return outputs + self._read(before)
 
-    def score(self, prompts: Seq[Prompt], completions: Seq[Prompt] | None = None) -> list[np.ndarray]:
+    def score(
+        self,
+        prompts: Seq[Prompt],
+        completions: Seq[Prompt] | None = None,
+        lora_request: LoRARequest | str | None = None,
+    ) -> list[np.ndarray]:
         """log p(token | those before it) of each completion's tokens after its prompt, float32 [tokens]; without
         completions, of all tokens of each prompt but its first.
 
         Runs until all is scored, other requests with it, whose outputs come with the next `step`. Raises RequestError
         before anything runs where one cannot be served.
         """
-        scores = Scores(self._intake, prompts, completions, f"score-{next(self._scored)}")
+        adapter = self.adapters.find(lora_request)
+        scores = Scores(self._intake, prompts, completions, f"score-{next(self._scored)}", adapter)
         for request in scores.requests.values():
             detokenizer = Detokenizer(None, request.params, request.prompt_token_ids)
             self._add(Tracked(request, "final", [detokenizer], [0]))
@@ -264,15 +292,51 @@ class Engine:
         Over several processes all of them call this, outside `follow`, each with its part of the same arrays, and it is
         taken or refused in all. So it is with `wake_up(params)`.
         """
-        known = get_args(UpdatePolicy)
-        problem = None if policy in known else f"policy is {policy!r}; known: {', '.join(known)}"
-        self.runner.update_params(params, problem)
+        self.runner.update_params(params, _policy_problem(policy))
         self.shards.reset_prefix_cache()
         if policy == "recompute":
             self.shards.preempt_all()
         elif policy == "abort":
             for request_id in list(self._requests):
                 self.abort(request_id)
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Read an adapter's folder, unless that has been done; whether it was read now. Requests that name it then
+        wait for no file. Raises CheckpointError or ConfigError where it does not fit.
+        """
+        return self.adapters.add(lora_request)
+
+    def update_lora(
+        self, name: str, adapter: lora.Adapter, *, scale: float = 1.0, policy: UpdatePolicy = "keep"
+    ) -> None:
+        """Give an adapter these numbers, `scale` times a times b, from the next step on; an unknown name is a new one.
+
+        The arrays are copied, by way of the host, and nothing is compiled. Raises ConfigError, and changes nothing,
+        where they do not fit. Requests under way with this adapter do as `policy` says, see `update_params`, and
+        `CompletionOutput.weight_versions` counts this as another version of the weights. Prefixes that were cached with
+        the old numbers are not used again.
+        """
+        if problem := _policy_problem(policy):
+            raise ConfigError(problem)
+        known = name in self.adapters
+        changed = self.adapters.update(name, adapter, scale)
+        if not known:
+            return
+        self.runner.param_version += 1
+        if policy == "recompute":
+            self.shards.preempt_all(changed)
+        elif policy == "abort":
+            for request_id, tracked in list(self._requests.items()):
+                if tracked.request.sequences[0].adapter is changed:
+                    self.abort(request_id)
+
+    def remove_lora(self, name: str) -> None:
+        """Forget an adapter; requests under way with it go on. RequestError where there is none of that name."""
+        self.adapters.remove(name)
+
+    def list_loras(self) -> list[LoRARequest]:
+        """The adapters that requests may name."""
+        return self.adapters.requests()
 
     def sleep(self, level: Literal[1, 2] = 1) -> None:
         """Give back the pool's memory and, at level 2, let go of the weights, until `wake_up`.
@@ -341,6 +405,8 @@ class Engine:
         """
         parts = [groups.split(plan) for groups, plan in zip(self._groups, plans, strict=True)]
         try:
+            for adapter in self.adapters.take_loads():
+                self.runner.put_in_slot(adapter)
             return [
                 None if all(plan.is_empty for plan in group) else self.runner.dispatch(group, of_before)
                 for *group, of_before in zip(*parts, before, strict=True)
@@ -495,6 +561,11 @@ class Engine:
             del self._requests[request.request_id]
             request.metrics.finished_time = now
         return report(tracked, self.tokenizer)
+
+
+def _policy_problem(policy: str) -> str | None:
+    known = get_args(UpdatePolicy)
+    return None if policy in known else f"policy is {policy!r}; known: {', '.join(known)}"
 
 
 def request_ids(prefix: str = "request") -> Iterator[str]:

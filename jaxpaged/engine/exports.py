@@ -97,6 +97,8 @@ def write(
     for name in PARALLEL_SIZES:
         if (size := getattr(config, name)) != 1:
             raise ConfigError(f"{name} is {size:,}; exports are for one device, set 1")
+    if config.enable_lora:
+        raise ConfigError("enable_lora is True, and steps with adapters are not exported yet; leave it out")
     if config.speculation is not None and config.speculation.method != "ngram":
         raise ConfigError("speculative_config.method is a function, which cannot be written down; export with ngram")
     _register()

@@ -21,6 +21,7 @@ from jaxpaged.engine.memory_budget import fitting_model_len, pages_within, pool_
 from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.cache import KVCache, cache_shapes, pool_dtype
+from jaxpaged.model.lora import stack_shapes
 from jaxpaged.model.params import flatten, param_specs
 from jaxpaged.model.sharding import Placement, ShardingRules, mesh_axes
 from jaxpaged.model.spec import Attention, Decoder, LatentAttention, Moe
@@ -39,6 +40,7 @@ class Forecast(NamedTuple):
     """What each device holds, and for how many tokens there is room on the devices that share one copy of the model."""
 
     weight_bytes: int
+    adapter_bytes: int  # of all slots, whoever is in them
     page_bytes: int
     pool_bytes: int
     free_bytes: int  # which the pool could have, if it were of use
@@ -81,6 +83,8 @@ class Forecaster:
         rules, axes = mesh_axes(*sizes, rules)
         self.placement = Placement(AbstractMesh(tuple(axes.values()), tuple(axes)), rules)
         self.spec = self.placement.fit(spec)
+        if config.enable_lora and self.placement.mesh.size > 1:
+            raise ConfigError("enable_lora does not work on a mesh of several devices yet; leave out one of them")
         self.stages = make_stages(len(spec.blocks), config.pipeline_parallel_size)
         self.cache_dtype = self.dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
 
@@ -95,9 +99,10 @@ class Forecaster:
         max_model_len = fitting_model_len(self.spec, config, num_pages)
         return Forecast(
             weight_bytes=weights,
+            adapter_bytes=self.adapter_bytes(),
             page_bytes=each,
             pool_bytes=num_pages * each,
-            free_bytes=pool_budget(memory, weights, config) - num_pages * each,
+            free_bytes=pool_budget(memory, weights + self.adapter_bytes(), config) - num_pages * each,
             num_pages=num_pages,
             num_tokens=(num_pages - 1) * config.page_size,
             max_model_len=max_model_len,
@@ -106,12 +111,12 @@ class Forecaster:
 
     def _most_pages(self, stage: Stage, memory: int, gpu: str | None) -> int:
         """Pages that there is room for on a stage's devices."""
-        config, weights = self.config, self._weight_bytes(stage)
+        config, weights = self.config, self._weight_bytes(stage) + self.adapter_bytes()
         budget = pool_budget(memory, weights, config)
-        share = config.memory_utilization
+        share, what = config.memory_utilization, "weights and adapters" if config.enable_lora else "weights"
         if budget <= 0:
             raise ConfigError(
-                f"weights take {weights:,} bytes of each device, and memory_utilization {share:g} leaves "
+                f"{what} take {weights:,} bytes of each device, and memory_utilization {share:g} leaves "
                 f"{budget + weights:,} of {memory:,}; take more devices, or larger ones"
             )
         own = replace(self.spec, blocks=self.spec.blocks[stage.begin : stage.end])
@@ -195,6 +200,14 @@ class Forecaster:
     def weight_bytes(self) -> int:
         """Bytes of weights on each device, of pipeline stages on those that have most."""
         return max(map(self._weight_bytes, self.stages))
+
+    def adapter_bytes(self) -> int:
+        """Bytes of the slots for adapters."""
+        if not self.config.enable_lora:
+            return 0
+        shapes = stack_shapes(self.spec, self.config.max_loras, self.config.max_lora_rank)
+        count: int = sum(math.prod(leaf.shape) for pair in shapes.values() for leaf in pair)
+        return count * int(self.dtype.itemsize)
 
     def pool_bytes(self, num_pages: int) -> int:
         """Bytes of so many pages on each device, likewise."""

@@ -12,6 +12,7 @@ from typing import get_args
 import numpy as np
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.engine.adapters import Adapter
 from jaxpaged.engine.grammar import Grammar, Grammars
 from jaxpaged.engine.prompts import Prompt
 from jaxpaged.engine.request import Request, Sequence, seed_words
@@ -58,6 +59,7 @@ class Intake:
         cache_salt: str | None = None,
         pooling: Pooling | None = None,
         grammar: Grammar | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """A request of as many sequences as completions: the first is to be computed, the others forked from it."""
         if priority != 0 and self.config.scheduling_policy != "priority":
@@ -84,6 +86,7 @@ class Intake:
             salt=_rope_salt(self.spec, len(token_ids)),
             long_after=_long_after(self.spec, len(token_ids)),
             cache_salt=(cache_salt or "").encode(),
+            adapter=adapter,
             priority=priority,
             pooling=pooling,
             matcher=None if grammar is None else grammar.matcher(may_end=bool(eos_token_ids)),
@@ -105,6 +108,7 @@ class Intake:
         prompt_text: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """A request of one sequence, the first beam, that reports each step's likeliest tokens and chooses none."""
         # The best `beam_width` continuations that do not end are among each beam's so many likeliest.
@@ -118,14 +122,22 @@ class Intake:
             temperature=0.0, max_tokens=params.max_tokens, ignore_eos=params.ignore_eos, logprobs=wanted
         )
         request = self.request(
-            request_id, prompt, sampling, prompt_text=prompt_text, priority=priority, cache_salt=cache_salt
+            request_id,
+            prompt,
+            sampling,
+            prompt_text=prompt_text,
+            priority=priority,
+            cache_salt=cache_salt,
+            adapter=adapter,
         )
         (first,) = request.sequences
         first.chosen_on_host = True
         first.score_temperature = params.temperature or 1.0
         return request
 
-    def score_request(self, request_id: str, before: Seq[int], after: Seq[int]) -> Request:
+    def score_request(
+        self, request_id: str, before: Seq[int], after: Seq[int], adapter: Adapter | None = None
+    ) -> Request:
         """A request whose prompt logprobs are those of all tokens but the last, which it samples.
 
         Keys are rotated as they were when `after` was sampled after the prompt `before`.
@@ -140,7 +152,7 @@ class Intake:
             prompt_logprobs=0,
             allowed_token_ids=(last,),
         )
-        request = self.request(request_id, tokens, params)
+        request = self.request(request_id, tokens, params, adapter=adapter)
         (first,) = request.sequences
         first.rope_len = len(before)
         first.salt, first.long_after = _rope_salt(self.spec, len(before)), _long_after(self.spec, len(before))

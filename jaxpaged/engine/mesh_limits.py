@@ -34,6 +34,8 @@ def check_mesh(placement: Placement, config: EngineConfig) -> None:
         for logical, size in (*sizes, ("layers", "pipeline_parallel_size")):
             if (count := placement.num_shards(logical)) > 1:
                 raise ConfigError(f"speculative_config does not work with {size} {count} yet; leave it out, or take 1")
+    if config.enable_lora:
+        raise ConfigError("enable_lora does not work on a mesh of several devices yet; leave out one of them")
     if config.batch_invariant:
         _check_invariant(placement, num_processes)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpaged.engine.adapters import Adapter
 from jaxpaged.engine.grammar import Matcher
 from jaxpaged.outputs import FinishReason, Pooling, RequestMetrics, TokenLogprobs
 from jaxpaged.sampling_params import SamplingParams
@@ -35,7 +36,8 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()  # that end it; empty where they are ignored
     bad_words: tuple[tuple[int, ...], ...] = ()  # `params.bad_words` as token ids
     salt: bytes = b""  # sequences share pages only where their salts are equal,
-    cache_salt: bytes = b""  # both this one, told by how keys are rotated, and the caller's own
+    cache_salt: bytes = b""  # both this one, told by how keys are rotated, and the caller's own,
+    adapter: Adapter | None = None  # and where both have this adapter or none
     priority: int = 0  # the lowest is served first
     arrival: int = 0  # the scheduler's count of requests
     chosen_on_host: bool = False  # each next token is, after its logits have been read
@@ -86,7 +88,8 @@ class Sequence:
     @property
     def prefix_salt(self) -> bytes:
         """What must be equal for pages to be shared through the prefix cache."""
-        return bytes([len(self.salt)]) + self.salt + self.cache_salt
+        own = self.salt if self.adapter is None else self.adapter.salt + self.salt
+        return bytes([len(own)]) + own + self.cache_salt
 
     @property
     def num_tokens(self) -> int:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import batch
+from jaxpaged.engine.adapters import Adapter
 from jaxpaged.engine.batch import Bucket
 from jaxpaged.engine.compilation import Build, Compiler, traced, use_compilation_cache
 from jaxpaged.engine.drafts import max_drafted_tokens
@@ -51,7 +52,8 @@ from jaxpaged.model.cache import (
     page_bytes,
     pool_dtype,
 )
-from jaxpaged.model.params import Params, check_params, flatten
+from jaxpaged.model.lora import Factors, stack_shapes
+from jaxpaged.model.params import Params, ParamSpec, check_params, flatten
 from jaxpaged.model.sampling import Logprobs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
@@ -114,6 +116,7 @@ class Runner:
         self.num_shards = 1 if placement is None else placement.num_shards("data")
         self.placement = placement
         self._asked = spec  # before heads are made to fit the mesh
+        self._max_loras = config.max_loras
         self.spec = spec if placement is None else placement.fit(spec)
         if (problems := check_params(spec, params)) and (self.spec == spec or check_params(self.spec, params)):
             raise ConfigError("params do not fit the spec: " + "; ".join(problems))
@@ -121,6 +124,7 @@ class Runner:
         self._layout = Layout(self.params)
         spec = self.spec
         self.param_version = 0
+        self.adapters = self._no_adapters(config) if config.enable_lora else None
         on_cpu = current_device().platform == "cpu"
         self.max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
         self.max_num_batched_tokens = max(self.max_num_batched_tokens, config.max_num_seqs)
@@ -171,6 +175,7 @@ class Runner:
             "build": build,
             "relay": self._relay,
         }
+        how |= {} if self.adapters is None else {"adapters": self.adapters}
         make = partial(StepFunctions, spec=spec, config=config, buckets=self.buckets)
         self.num_stages = 1 if placement is None else placement.num_shards("layers")
         functions = make if self.num_stages == 1 else partial(StagedFunctions, make)
@@ -224,6 +229,19 @@ class Runner:
     def has_lost_params(self) -> bool:
         """Whether another holder of the weights has deleted some, as a trainer does that donates them."""
         return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(self.params))
+
+    def put_in_slot(self, adapter: Adapter) -> None:
+        """Have the next step find the adapter's numbers in its slot, after all that has been dispatched."""
+        whole: dict[str, Any] = {}
+        for path, (a, b) in (self.adapters or {}).items():
+            rank = a.shape[1] // self._max_loras
+            whole[path] = Factors(np.zeros((a.shape[0], rank), a.dtype), np.zeros((rank, b.shape[1]), b.dtype))
+            if path in adapter.factors:
+                given_a, given_b = adapter.factors[path]
+                whole[path].a[:, : given_a.shape[1]], whole[path].b[: given_b.shape[0]] = given_a, given_b
+        slot = np.asarray([adapter.slot], np.int32)
+        put: Any = self.functions.put_in_slot()  # type: ignore[union-attr]  # no stages: see mesh_limits
+        self.adapters = put(self.adapters, slot, whole)
 
     def sleep(self, *, drop_params: bool) -> None:
         """Free the pool, which nobody else holds, and let go of the weights, which others may hold."""
@@ -307,7 +325,9 @@ class Runner:
         for pages in stack_pieces(copies, batch.no_copies(self.num_pages)):
             self.cache = self.functions.copy_pages()(self.cache, *pages)
         fed = before.outputs.tokens if before else self._nothing_sampled
-        self.cache, (raw, hidden) = self.functions.forward(bucket)(self.params, self.cache, inputs, fed)
+        adapted = () if self.adapters is None else (self.adapters, batch.pack_adapters(plans[0], bucket))
+        forward = self.functions.forward(bucket)
+        self.cache, (raw, hidden) = forward(self.params, self.cache, inputs, fed, *adapted)
         logits, processed = self.processors.apply(self._edited(raw, plans, bucket), rows)
         drawn = stack([batch.pack_sampling(plan, bucket, self.spec.vocab_size) for plan in plans])
         everyone = () if self.num_shards == 1 else (drawn,)
@@ -417,6 +437,21 @@ class Runner:
     def _guard(self) -> AbstractContextManager[None]:
         """Around what fails in all processes where it fails in one."""
         return nullcontext() if self._relay is None else self._relay.guard()
+
+    def _no_adapters(self, config: EngineConfig) -> Any:
+        """An empty stack, which memory is taken for before the pool gets what is left."""
+        dtype = self.params["embed"]["w"].dtype
+        shapes = stack_shapes(self.spec, config.max_loras, config.max_lora_rank)
+        if not shapes:
+            raise ConfigError("enable_lora is True but no linear of this model takes an adapter; leave it out")
+        stack = {
+            path: Factors(*(jnp.zeros(leaf.shape, dtype, device=self._sharding_of(leaf)) for leaf in factors))
+            for path, factors in shapes.items()
+        }
+        return jax.block_until_ready(stack)
+
+    def _sharding_of(self, leaf: ParamSpec) -> Any:
+        return None if self.placement is None else self.placement.sharding(*leaf.axes)
 
     def _cache_shapes(self, num_pages: int, page_size: int, dtype: Any) -> KVCache:
         """What the cache is, `num_pages` for each data shard, and where: no device ever holds more than its part."""

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxpaged.engine.adapters import Adapter, Adapters
 from jaxpaged.engine.drafts import Drafter
 from jaxpaged.engine.host_tier import Move
 from jaxpaged.engine.page_pool import NULL_PAGE, ON_HOST, PagePool
@@ -102,12 +103,14 @@ class Scheduler:
         max_num_partial_prefills: int | None = None,
         window: int | None = None,
         drafter: Drafter | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """Limits of one step: sequences, tokens, chunks. `max_pages` is the width of a page table.
 
         A chunk has at most `long_prefill_token_threshold` tokens, and at most `max_num_partial_prefills` sequences are
         under way whose prompts need another step. `window` is the most keys that any layer's query sees, None where
-        a layer sees all: pages that have fallen out of it are given back. The `drafter` guesses ahead.
+        a layer sees all: pages that have fallen out of it are given back. The `drafter` guesses ahead, and a sequence
+        with one of the `adapters` runs while that has a slot.
         """
         self.pool = pool
         self.max_num_seqs = max_num_seqs
@@ -118,6 +121,7 @@ class Scheduler:
         self.max_num_partial_prefills = max_num_partial_prefills
         self.window = window
         self.drafter = drafter
+        self.adapters = adapters
         self.waiting: list[Sequence] = []  # the next to be admitted first
         self.running: list[Sequence] = []  # the first to be served first, the last to be preempted last
         self.num_arrivals = 0
@@ -218,6 +222,8 @@ class Scheduler:
         if sequence.finished:
             return
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if self.adapters is not None and sequence.adapter is not None:
+            self.adapters.touch(sequence.adapter)
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -235,10 +241,13 @@ class Scheduler:
             self._publish(sequence)
         self._release(sequence)
 
-    def preempt_all(self) -> None:
-        """Take all pages back: every running sequence is computed anew, in its old turn."""
+    def preempt_all(self, adapter: Adapter | None = None) -> None:
+        """Take all pages back: every running sequence, or every one with this adapter, is computed anew, in its old
+        turn.
+        """
         for sequence in reversed(list(self.running)):
-            self._preempt(sequence)
+            if adapter is None or sequence.adapter is adapter:
+                self._preempt(sequence)
 
     def withdraw(self, plan: Plan) -> None:
         """Take back a plan that could not be run: nothing of it was computed or sampled, so all is computed anew."""
@@ -257,6 +266,8 @@ class Scheduler:
     def _admit(self, plan: Plan, budget: int) -> None:
         while budget > 0 and len(self.running) < self.max_num_seqs and (sequence := self._next()):
             if sequence.num_pending_tokens > 0:  # preempted a moment ago; its last token is still to be read
+                return
+            if not self._has_adapter(sequence):
                 return
             self._lengthen(sequence)
             self._start(sequence)
@@ -277,6 +288,12 @@ class Scheduler:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             budget -= length
             self._put(plan, sequence, length)
+
+    def _has_adapter(self, sequence: Sequence) -> bool:
+        """Whether the adapter that a waiting sequence wants has a slot, or could be given one."""
+        if self.adapters is None or sequence.adapter is None:
+            return True
+        return self.adapters.seat(sequence.adapter, {running.adapter for running in self.running})
 
     def _next(self) -> Sequence | None:
         """The first of the waiting sequences that have something to compute."""

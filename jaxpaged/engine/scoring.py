@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxpaged.engine.adapters import Adapter
 from jaxpaged.engine.intake import Intake
 from jaxpaged.engine.prompts import Prompt
 from jaxpaged.engine.request import Request
@@ -21,7 +22,12 @@ class Scores:
     """The requests of one call, and what came of them."""
 
     def __init__(
-        self, intake: Intake, prompts: Sequence[Prompt], completions: Sequence[Prompt] | None, prefix: str
+        self,
+        intake: Intake,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Prompt] | None,
+        prefix: str,
+        adapter: Adapter | None = None,
     ) -> None:
         """Raises RequestError where one cannot be served."""
         if completions is not None and len(completions) != len(prompts):
@@ -43,7 +49,7 @@ class Scores:
                 )
             self._wanted[name] = wanted
             if wanted:
-                self.requests[name] = intake.score_request(name, before, after)
+                self.requests[name] = intake.score_request(name, before, after, adapter)
             else:
                 self._values[name] = np.zeros(0, np.float32)
         self._names = [f"{prefix}-{index}" for index in range(len(prompts))]

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.engine.adapters import Adapter, Adapters
 from jaxpaged.engine.drafts import Drafter, max_drafted_tokens
 from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.page_map import PageInfo, page_map
@@ -64,10 +65,10 @@ class Shards:
         self._loads = None
         return [shard.scheduler.schedule() for shard in self]
 
-    def preempt_all(self) -> None:
-        """Take all pages back: every running sequence is computed anew."""
+    def preempt_all(self, adapter: Adapter | None = None) -> None:
+        """Take all pages back: every running sequence is computed anew; or every one with this adapter."""
         for shard in self:
-            shard.scheduler.preempt_all()
+            shard.scheduler.preempt_all(adapter)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running sequences are not touched."""
@@ -132,8 +133,12 @@ class Shards:
         return shard
 
 
-def make_shards(spec: Decoder, config: EngineConfig, runner: Runner, host: HostTier | None) -> Shards:
-    """As many shards as the runner computes, each with a pool of its own; `host` keeps what they give away."""
+def make_shards(
+    spec: Decoder, config: EngineConfig, runner: Runner, host: HostTier | None, adapters: Adapters | None = None
+) -> Shards:
+    """As many shards as the runner computes, each with a pool of its own; `host` keeps what they give away. Those with
+    `adapters` are one.
+    """
 
     speculative = config.speculation
     max_tokens = max_drafted_tokens(config, runner.max_num_batched_tokens)
@@ -150,6 +155,7 @@ def make_shards(spec: Decoder, config: EngineConfig, runner: Runner, host: HostT
             max_num_partial_prefills=config.max_num_partial_prefills,
             window=_widest_window(spec),
             drafter=None if speculative is None else Drafter(speculative, spec.vocab_size, max_tokens),
+            adapters=adapters,
         )
 
     return Shards([scheduler() for _ in range(runner.num_shards)])

@@ -23,6 +23,7 @@ from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import sampling
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.embedding import sum_by_owner
+from jaxpaged.model.lora import Adapter, Factors, columns_of, put_in_slot, with_adapter
 from jaxpaged.model.params import Params
 from jaxpaged.model.sampling import Edits, Logprobs, Sampled, SamplingInputs
 from jaxpaged.model.sharding import Placement
@@ -56,15 +57,18 @@ class StepFunctions:
         build: Build = traced,
         relay: Relay | None = None,
         stage: Stage | None = None,
+        adapters: Adapter | None = None,
     ) -> None:
         """Of `params` and `cache`, arrays or shapes, only shapes and places are looked at; `dtype` is that of hidden
         states. With a `relay` a call is made in all processes. The functions of a `stage` are for its part of params
-        and cache, and the placement is its own.
+        and cache, and the placement is its own. With `adapters`, a stack of as many as the config says, each token of
+        a step may have one.
         """
         self.spec = spec
         self.stage = stage
         self.dtype = dtype
-        self.params, self.cache = jax.tree.map(as_shape, (params, cache))
+        self.params, self.cache, self.adapters = jax.tree.map(as_shape, (params, cache, adapters))
+        self.stack_size = config.max_loras, config.max_lora_rank
         self.buckets = buckets
         self.max_rows = max(bucket.num_rows for bucket in buckets)
         self.max_pages = max_pages
@@ -87,6 +91,8 @@ class StepFunctions:
                 jobs.append(partial(self.prompt_logprobs, bucket.num_tokens))
         for rows in {bucket.num_rows for bucket in self.buckets}:
             jobs += [partial(f, rows) for f in (self.sample, self.logprobs, self.edit, self.restrict)]
+        if self.adapters is not None:
+            jobs.append(self.put_in_slot)
         return jobs + self._page_jobs()
 
     def layer_jobs(self) -> list[Callable[[], object]]:
@@ -163,7 +169,7 @@ class StepFunctions:
     @kept
     def forward(self, bucket: Bucket) -> Callable[..., tuple[KVCache, Any]]:
         """forward(params, cache, inputs, fed): the model on a step's tokens; `fed` are what the step before sampled, or
-        what the stage before gave.
+        what the stage before gave. With adapters, forward(params, cache, inputs, fed, adapters, slots).
         """
         step: Any = partial(forward, batch_invariant=self.batch_invariant)
         given, given_out = _shape(self.max_rows), ForwardOutputs(self._cut_logits, self._rows)
@@ -172,6 +178,8 @@ class StepFunctions:
             given = given if self.stage.is_first else self.carried(bucket)
             given_out = given_out if self.stage.is_last else self.carried(bucket).sharding
         step = partial(step, spec=self.spec, attention_backend=self.attention_backend, placement=self.placement)
+        adapted = () if self.adapters is None else (self.adapters, _shape(bucket.num_tokens))
+        step = step if self.adapters is None else self._on_adapters(step)
         function = self._jit(step, (self._cache_shardings, given_out), donate=1, whole=(0,))
         tokens, rows, seqs = bucket.num_tokens, bucket.num_rows, bucket.num_seqs
         inputs = StepInputs(
@@ -185,7 +193,30 @@ class StepFunctions:
             cu_q_lens=_shape(bucket.num_chunks + 1),
             logit_rows=_shape(rows),
         )
-        return self._compile(("forward", bucket), function, self.params, self.cache, inputs, given)
+        return self._compile(("forward", bucket), function, self.params, self.cache, inputs, given, *adapted)
+
+    def _on_adapters(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step of params with a stack of adapters, of which each token has the one in its slot."""
+
+        def adapted(params: Params, cache: Any, inputs: Any, fed: Any, adapters: Adapter, slots: jax.Array) -> Any:
+            return step(with_adapter(params, adapters, columns_of(slots, *self.stack_size)), cache, inputs, fed)
+
+        return adapted
+
+    @kept
+    def put_in_slot(self) -> Callable[..., Adapter]:
+        """put_in_slot(adapters, slot, adapter): the stack with another adapter, of all linears and the highest rank."""
+        stack, (_, rank) = self.adapters or {}, self.stack_size
+
+        def one(factors: Factors) -> Factors:
+            a, b = factors
+            a = jax.ShapeDtypeStruct((a.shape[0], rank), a.dtype, sharding=a.sharding)
+            return Factors(a, jax.ShapeDtypeStruct((rank, b.shape[1]), b.dtype, sharding=b.sharding))
+
+        adapter = {path: one(factors) for path, factors in stack.items()}
+        outputs = jax.tree.map(lambda leaf: leaf.sharding, stack)
+        function = self._jit(put_in_slot, outputs, donate=0)
+        return self._compile(("put_in_slot", 0), function, stack, _shape(1), adapter)
 
     def carried(self, bucket: Bucket) -> Any:
         """What one stage hands to the next, and where it lies there."""

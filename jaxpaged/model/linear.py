@@ -1,18 +1,31 @@
-"""x @ w + b, the bias where its leaf is there."""
+"""x @ w + b, the bias where its leaf is there, and what an adapter adds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxpaged.model.lora import LowRank
 
-def linear(x: Float[Array, "T M"], p: Mapping[str, Array]) -> Float[Array, "T F"]:
-    """`p` is {"w": [M, F]} with or without {"b": [F]}."""
+
+def linear(x: Float[Array, "T M"], p: Mapping[str, Any]) -> Float[Array, "T F"]:
+    """`p` is {"w": [M, F]} with or without {"b": [F]} and {"lora": LowRank}."""
     y = product(x, p["w"])
+    if "lora" in p:
+        y = y + low_rank(x, p["lora"])
     return y + p["b"][None] if "b" in p else y
+
+
+def low_rank(x: Float[Array, "T M"], lora: LowRank) -> Float[Array, "T F"]:
+    """(x a) b, in the dtype of `x`, of the columns that each row sees."""
+    y = product(x, lora.a.astype(x.dtype))
+    if lora.seen is not None:
+        y = jnp.where(lora.seen, y, 0)  # not a product: what others' columns say may have overflowed
+    return product(y, lora.b.astype(x.dtype))
 
 
 def product(x: Float[Array, "T M"], w: Float[Array, "M F"]) -> Float[Array, "T F"]:

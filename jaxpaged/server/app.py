@@ -21,7 +21,7 @@ from jaxpaged.engine.chat_template import Message
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
-from jaxpaged.errors import EngineDeadError, RequestError, TooLongError
+from jaxpaged.errors import CheckpointError, ConfigError, EngineDeadError, RequestError, TooLongError
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.server import chat, embeddings, generation, response_input, responses, scores
 from jaxpaged.server.async_engine import AsyncEngine
@@ -36,10 +36,12 @@ from jaxpaged.server.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    LoadLoRARequest,
     RerankRequest,
     ResponseRequest,
     ScoreRequest,
     TokenizeRequest,
+    UnloadLoRARequest,
     decode,
 )
 from jaxpaged.server.tools import readable
@@ -83,6 +85,9 @@ class App:
 
     def __init__(self, engine: AsyncEngine, options: ServerOptions, tracing: Tracing | None = None) -> None:
         self.engine, self.options, self._tracing = engine, options, tracing
+        for module in engine.loras():
+            if module.lora_name in options.models:
+                raise ConfigError(f"adapter {module.lora_name!r} has a name of the model itself; choose another name")
         if options.chat_template is not None and engine.tokenizer is not None:
             engine.tokenizer.chat_template = options.chat_template
         chat.template_variables(options.template_defaults, engine.tokenizer)  # or RequestError
@@ -123,6 +128,8 @@ class App:
                 "/resume": {"POST": self._resume},
                 "/sleep": {"POST": self._sleep},
                 "/wake_up": {"POST": self._wake_up},
+                "/v1/load_lora_adapter": {"POST": self._load_lora},
+                "/v1/unload_lora_adapter": {"POST": self._unload_lora},
             }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -325,7 +332,8 @@ class App:
         await exchange.reply(self._page, kind="text/html; charset=utf-8", headers=headers)
 
     async def _models(self, exchange: Exchange) -> None:
-        await exchange.reply_json({"object": "list", "data": list(map(self._named, self.options.models))})
+        names = *self.options.models, *(module.lora_name for module in self.engine.loras())
+        await exchange.reply_json({"object": "list", "data": list(map(self._named, names))})
 
     async def _one_model(self, exchange: Exchange) -> None:
         name = exchange.path.removeprefix(ONE_MODEL.partition("{")[0])  # it may have slashes in it
@@ -333,7 +341,11 @@ class App:
 
     def _named(self, name: str) -> dict[str, Any]:
         about = {"object": "model", "created": self._created, "owned_by": "jaxpaged"}
-        return {"id": name} | about | {"max_model_len": self.engine.max_model_len}
+        found = {"id": name} | about | {"max_model_len": self.engine.max_model_len}
+        adapters = {module.lora_name: module for module in self.engine.loras()}
+        if name not in adapters:
+            return found
+        return found | {"root": adapters[name].lora_path, "parent": self.options.models[0]}
 
     async def _health(self, exchange: Exchange) -> None:
         problem = self.engine.problem(self.options.hang_timeout)
@@ -351,7 +363,8 @@ class App:
         await exchange.reply(self.metrics.text(await self.stats()), kind=kind)
 
     async def _openapi(self, exchange: Exchange) -> None:
-        names, has_keys = self.options.models, bool(self.options.api_keys)
+        names = *self.options.models, *(module.lora_name for module in self.engine.loras())
+        has_keys = bool(self.options.api_keys)
         found = document(self._routes, models=names, vocab_size=self.engine.vocab_size, has_keys=has_keys)
         await exchange.reply_json(found)
 
@@ -393,9 +406,23 @@ class App:
         await self.engine.wake_up()
         await exchange.reply(b"")
 
+    async def _load_lora(self, exchange: Exchange) -> None:
+        request = _request(exchange, LoadLoRARequest)
+        if request.lora_name in self.options.models:
+            raise RequestError(f"lora_name is {request.lora_name!r}, which is the model itself; choose another name")
+        try:
+            await self.engine.load_lora(request.lora_name, request.lora_path)
+        except (CheckpointError, ConfigError) as error:
+            raise RequestError(str(error)) from None
+        await exchange.reply(b"")
+
+    async def _unload_lora(self, exchange: Exchange) -> None:
+        await self.engine.unload_lora(_request(exchange, UnloadLoRARequest).lora_name)
+        await exchange.reply(b"")
+
     def _model(self, name: str | None) -> str:
-        if name and name not in self.options.models:
-            known = ", ".join(self.options.models)
+        if name and name not in self.options.models and self.engine.lora_named(name) is None:
+            known = ", ".join((*self.options.models, *(module.lora_name for module in self.engine.loras())))
             raise Fault(404, f"there is no model {name!r}; known: {known}", code="model_not_found")
         return name or self.options.models[0]
 

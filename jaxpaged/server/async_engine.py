@@ -28,6 +28,7 @@ from jaxpaged.engine.report import OutputKind
 from jaxpaged.engine.stats import EngineStats
 from jaxpaged.errors import EngineDeadError, QueueFullError, RequestError, TooLongError
 from jaxpaged.llm import LLM
+from jaxpaged.lora_request import LoRARequest
 from jaxpaged.model.params import Params
 from jaxpaged.outputs import Pooling, RequestOutput
 from jaxpaged.sampling_params import SamplingParams
@@ -53,6 +54,7 @@ class NewRequest:
     cache_salt: str | None = None
     pooling: Pooling | None = None  # with `params` EMBEDDING
     grammar: Grammar | None = None
+    lora_request: str | None = None  # the name of an adapter that the engine knows
     asked_tokens: int | None = None  # that there must be room for, unlike for those of `params`
 
 
@@ -95,9 +97,19 @@ class AsyncEngine:
         self._thread.start()
 
     @classmethod
-    def load(cls, model: Any, *, max_num_queued_requests: int | None = None, **settings: Any) -> Self:
-        """An engine for a model, with the arguments of `LLM`. Takes as long as loading and compiling do."""
-        return cls(LLM(model, **settings).engine, max_num_queued_requests=max_num_queued_requests)
+    def load(
+        cls,
+        model: Any,
+        *,
+        max_num_queued_requests: int | None = None,
+        lora_modules: Sequence[LoRARequest] = (),
+        **settings: Any,
+    ) -> Self:
+        """An engine for a model, with the arguments of `LLM`, and adapters. Takes as long as loading and compiling."""
+        engine = LLM(model, **settings).engine
+        for module in lora_modules:
+            engine.add_lora(module)
+        return cls(engine, max_num_queued_requests=max_num_queued_requests)
 
     async def generate(
         self,
@@ -108,15 +120,19 @@ class AsyncEngine:
         output_kind: OutputKind = "cumulative",
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_request: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt, yielding its outputs as they come; closing the generator ends the request.
 
-        Raises RequestError where it cannot be served, QueueFullError where it cannot be now, EngineDeadError.
+        `lora_request` is an adapter's name. Raises RequestError where it cannot be served, QueueFullError where it
+        cannot be now, EngineDeadError.
         """
         request_id = next(self._ids) if request_id is None else request_id
         prompt, text, salt = given(prompt)
         params, salt = params or SamplingParams(), cache_salt or salt
-        request = NewRequest(request_id, prompt, params, output_kind, text, priority=priority, cache_salt=salt)
+        request = NewRequest(
+            request_id, prompt, params, output_kind, text, priority=priority, cache_salt=salt, lora_request=lora_request
+        )
         async with aclosing(self._outputs(request)) as outputs:
             async for output in outputs:
                 yield output
@@ -206,6 +222,28 @@ class AsyncEngine:
     async def wake_up(self, params: Params | None = None) -> None:
         """Make the pool again and go on: `Engine.wake_up`."""
         await self.call(lambda engine: engine.wake_up(params))
+
+    async def load_lora(self, name: str, path: str) -> None:
+        """Read an adapter's folder, for requests to name it: `Engine.add_lora`."""
+
+        def add(engine: Engine) -> None:
+            number = max((module.lora_int_id for module in engine.list_loras()), default=0) + 1
+            if not engine.add_lora(LoRARequest(name, number, path)):
+                raise RequestError(f"there is an adapter {name!r} already; unload it first, or choose another name")
+
+        await self.call(add)
+
+    async def unload_lora(self, name: str) -> None:
+        """Forget an adapter: `Engine.remove_lora`."""
+        await self.call(lambda engine: engine.remove_lora(name))
+
+    def lora_named(self, name: str) -> str | None:
+        """The name itself where it is an adapter's; None where it is not. Any thread may ask."""
+        return name if name in self._engine.adapters else None
+
+    def loras(self) -> list[LoRARequest]:
+        """The adapters that there are."""
+        return self._engine.list_loras()
 
     async def stats(self) -> EngineStats:
         """What the engine is doing and has done."""
@@ -377,6 +415,7 @@ class AsyncEngine:
                     cache_salt=r.cache_salt,
                     pooling=r.pooling,
                     grammar=r.grammar,
+                    lora_request=r.lora_request,
                 )
                 added.append(r.request_id)
         except Exception:

@@ -58,6 +58,7 @@ async def embedded(
             priority=request.priority or 0,
             cache_salt=request.cache_salt,
             pooling=request.pooling or "mean",
+            lora_request=engine.lora_named(request.model or ""),
         )
         for place, (prompt, _) in enumerate(inputs)
     ]

@@ -99,7 +99,7 @@ async def answer(
     requests = [
         NewRequest(
             f"{answer_id}-{place}", prompt, params, kind, text, priority=request.priority or 0,
-            cache_salt=request.cache_salt, asked_tokens=request.asked_tokens,
+            cache_salt=request.cache_salt, asked_tokens=request.asked_tokens, lora_request=engine.lora_named(model),
         )
         for place, (prompt, text) in enumerate(prompts)
     ]  # fmt: skip

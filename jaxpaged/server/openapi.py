@@ -51,6 +51,8 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
     "/resume": {"post": Operation("Go on after a pause")},
     "/sleep": {"post": Operation("Give the memory back until woken up")},
     "/wake_up": {"post": Operation("Go on after sleep")},
+    "/v1/load_lora_adapter": {"post": Operation("Read an adapter, to be asked by name", protocol.LoadLoRARequest)},
+    "/v1/unload_lora_adapter": {"post": Operation("Forget an adapter", protocol.UnloadLoRARequest)},
 }
 
 FAULTS = {

@@ -256,6 +256,20 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
 
 
+class LoadLoRARequest(msgspec.Struct, kw_only=True):
+    """POST /v1/load_lora_adapter: a folder on the server's side."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadLoRARequest(msgspec.Struct, kw_only=True):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
 R = TypeVar("R")
 
 

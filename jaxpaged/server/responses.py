@@ -62,6 +62,7 @@ async def answer(
         priority=request.priority or 0,
         cache_salt=request.cache_salt,
         asked_tokens=request.asked_tokens,
+        lora_request=engine.lora_named(model),
     )
     async with Run(engine, [one], observe) as run:
         if not request.stream:
