@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxpaged.convert.fp8_blocks import fp8_blocks, scaled_by_blocks
 from jaxpaged.convert.gguf_architectures import gguf_config, gguf_tensors
 from jaxpaged.convert.gguf_reader import read_gguf
 from jaxpaged.convert.safetensors_reader import parse_json, read_folder
@@ -83,7 +84,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if (found / SPEC).is_file():
         config = _read_config(found / HF_CONFIG) if (found / HF_CONFIG).exists() else {}
         return Checkpoint(found, "native", config, read_folder(found))
-    return Checkpoint(found, "hf", read_config(found), read_folder(found))
+    config, tensors = read_config(found), read_folder(found)
+    if (blocks := fp8_blocks(config)) is not None:
+        tensors = scaled_by_blocks(tensors, *blocks)
+    return Checkpoint(found, "hf", {k: v for k, v in config.items() if k != "quantization_config"}, tensors)
 
 
 def orbax_tree(path: str | Path) -> Path | None:
@@ -167,7 +171,8 @@ def _refuse_remote_code(config: dict[str, Any], path: Path) -> None:
 
 
 def _refuse_quantised(config: dict[str, Any], path: Path) -> None:
-    if quantised := config.get("quantization_config"):
+    quantised = config.get("quantization_config")
+    if quantised and fp8_blocks(config) is None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise CheckpointError(
             f"{path} describes quantised weights ({method}), which we do not read; "

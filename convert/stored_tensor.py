@@ -50,11 +50,26 @@ class Undo(NamedTuple):
         return x.T if self.turned else x
 
 
+class BlockScales(NamedTuple):
+    """What the numbers of a matrix are multiplied by: one number of `tensor` for each block of rows and columns."""
+
+    tensor: StoredTensor
+    rows: int
+    columns: int
+
+    def times(self, part: Array, rows: Indices, columns: Indices) -> Array:
+        """These rows and columns of the matrix, multiplied."""
+        row_blocks, row_of = np.unique(rows // self.rows, return_inverse=True)
+        column_blocks, column_of = np.unique(columns // self.columns, return_inverse=True)
+        scales = self.tensor.read_part(row_blocks, column_blocks).astype(np.float32)
+        return part * scales[row_of][:, column_of]
+
+
 class StoredTensor(NamedTuple):
     """`nbytes` bytes at `offset` of `file`: blocks, which `decode` turns into numbers, and `undo` into the tensor.
 
     `shape` is what `read` gives. `dtype` is what the file holds, None where that is a quantised format; `decode` then
-    gives float32.
+    gives float32, which `scales` multiply where they lie in a tensor of their own.
     """
 
     file: Path
@@ -65,11 +80,12 @@ class StoredTensor(NamedTuple):
     decode: Callable[[Array], Array]
     block: Block
     undo: Undo = Undo()
+    scales: BlockScales | None = None
 
     def read(self) -> Array:
         """The tensor, read now. Raises CheckpointError where the file is gone or has become shorter since."""
-        numbers = self.decode(self._bytes([(0, self.nbytes)], self.nbytes))
-        return self.undo.of(numbers.reshape(self._stored_shape))
+        numbers = self.undo.of(self.decode(self._bytes([(0, self.nbytes)], self.nbytes)).reshape(self._stored_shape))
+        return numbers if self.scales is None else self.scales.times(numbers, *map(np.arange, self.shape))
 
     def read_part(self, *index: Indices) -> Array:
         """`read()[np.ix_(*index)]`, of which no other block is read: an index for each axis, in any order.
@@ -91,7 +107,8 @@ class StoredTensor(NamedTuple):
         part = part if _is_all(column_of, part.shape[1]) else part[:, column_of]
         part = self.undo.numbers(part) if self.undo.numbers else part
         part = part.reshape([len(i) for i in at])
-        return part.T if self.undo.turned else part
+        part = part.T if self.undo.turned else part
+        return part if self.scales is None else self.scales.times(part, *index)
 
     @property
     def _stored_shape(self) -> tuple[int, ...]:

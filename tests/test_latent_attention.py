@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from interpreter import INTERPRET
@@ -18,14 +19,18 @@ from test_families import tiny
 from test_kernels_dispatch import on
 from test_paged_attention import Options, Pool, exact
 from test_plan import bytes_by_device
+from test_sharded_loading import some_of
 from tiny_models import CASES, write_checkpoint
 
 from jaxpaged import LLM, ConfigError, EngineConfig, SamplingParams
 from jaxpaged.bench.shapes import SHAPES
 from jaxpaged.convert.__main__ import convert
+from jaxpaged.convert.checkpoint import open_checkpoint
 from jaxpaged.convert.families import FAMILIES
-from jaxpaged.convert.load import load
+from jaxpaged.convert.load import load, readers, recipe_for
+from jaxpaged.convert.rules import load_leaves
 from jaxpaged.engine.forecast import Forecaster
+from jaxpaged.errors import CheckpointError
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
 from jaxpaged.kernels.reference import attention
 from jaxpaged.kernels.tiles import heads_together
@@ -339,6 +344,55 @@ def test_a_selection_bias_stays_float32_whatever_the_rest_is_loaded_as(v3, tmp_p
     assert params["mixer"]["k_up"]["w"].dtype == jnp.bfloat16
     for found in (params["ffn"]["selection_bias"], load_file(back / "model.safetensors")[name]):
         np.testing.assert_array_equal(found, stored, err_msg=leaf)
+
+
+@pytest.fixture
+def fp8(v3) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The checkpoint with matrices of float8 in blocks of 16 x 32: its tensors, and what they then mean."""
+    tensors, blocks = load_file(v3 / "model.safetensors"), (16, 32)
+    meant, stored = dict(tensors), dict(tensors)
+    for name, x in tensors.items():
+        if (x.ndim == 2 and "self_attn" in name) or "experts" in name:
+            padded = np.pad(x, [(0, -n % size) for n, size in zip(x.shape, blocks, strict=True)])
+            cut = padded.reshape(-(-x.shape[0] // 16), 16, -(-x.shape[1] // 32), 32)
+            scales = np.abs(cut).max((1, 3)) / 448
+            numbers = (cut / scales[:, None, :, None]).astype(ml_dtypes.float8_e4m3fn)
+            whole = (numbers.astype(np.float32) * scales[:, None, :, None]).reshape(padded.shape)
+            meant[name] = whole[: x.shape[0], : x.shape[1]]
+            stored[name] = np.ascontiguousarray(numbers.reshape(padded.shape)[: x.shape[0], : x.shape[1]])
+            stored[name + "_scale_inv"] = scales
+    save_file(stored, v3 / "model.safetensors", {"format": "pt"})
+    config = json.loads((v3 / "config.json").read_text())
+    quantised = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 32]}
+    (v3 / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    return stored, meant
+
+
+def test_float8_blocks_are_read_as_what_they_mean_whole_and_in_part(v3, fp8, tmp_path):
+    model, (_, meant) = tiny("deepseek_v3"), fp8
+    want = dict(load_leaves(model.rules, meant.__getitem__))
+    checkpoint = open_checkpoint(v3)
+    recipe = recipe_for(checkpoint)
+    for path, read in readers(checkpoint, recipe, np.dtype(np.float32)):
+        np.testing.assert_array_equal(read(*map(np.arange, want[path].shape)), want[path], err_msg=path)
+        some = some_of(want[path].shape)
+        np.testing.assert_array_equal(read(*some), want[path][np.ix_(*some)], err_msg=path)
+    convert(v3, tmp_path / "back", to_hf=True, dtype="float32")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+    for name, tensor in meant.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+def test_float8_without_its_scales_or_with_others_is_refused(v3, fp8):
+    (stored, _), name = fp8, "model.layers.0.self_attn.o_proj.weight"
+    scales = stored.pop(name + "_scale_inv")
+    save_file(stored, v3 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} is float8 and has no scales"):
+        load(v3)
+    save_file(stored | {name + "_scale_inv": scales[:1]}, v3 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has shape \[1, 2\], but \[48, 56\] numbers .* need \[3, 2\]"):
+        load(v3)
 
 
 def test_layers_that_guess_ahead_and_code_that_comes_along_are_left_where_they_are(v3):
