@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from jaxpaged import AsyncEngine, Engine, EngineConfig, RequestError, SamplingParams
+from jaxpaged.engine.ledger import Ledger
 from jaxpaged.errors import EngineDeadError, QueueFullError, TooLongError
 from jaxpaged.model.params import dummy_params
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Norm, Rope
@@ -137,14 +138,14 @@ def test_refused_request_leaves_the_others_alone(engine):
 
 
 def test_request_whose_tokens_cannot_be_read_ends_alone(engine, monkeypatch, caplog):
-    take = Engine._take_token
+    take = Ledger._take_token
 
     def picky(self, tracked, sequence, *rest):
         if sequence.request_id == "unlucky" and sequence.num_output_tokens == 2:
             raise KeyError("no such token")
         take(self, tracked, sequence, *rest)
 
-    monkeypatch.setattr(Engine, "_take_token", picky)
+    monkeypatch.setattr(Ledger, "_take_token", picky)
 
     async def run():
         return await asyncio.gather(collect(engine, PROMPTS[0], request_id="unlucky"), collect(engine, PROMPTS[1]))

@@ -1,4 +1,4 @@
-"""The engine: requests in, a step at a time, outputs out. Owns requests and their text; the rest has owners of its own.
+"""The engine: requests in, a step at a time, outputs out. Owns the step under way; all else has owners of its own.
 
 `step` is schedule, dispatch, read, update. A step is dispatched before the one before it is read, so the host works on
 step n while the device computes step n + 1; outputs therefore come one step late. Where tokens are guessed ahead, which
@@ -8,7 +8,6 @@ takes those before, a step is read before the next is planned.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import count
@@ -21,14 +20,15 @@ from jaxpaged.engine.adapters import Adapters, ReadAdapter
 from jaxpaged.engine.beam_search import BeamSearch
 from jaxpaged.engine.compilation import Build, traced
 from jaxpaged.engine.detokenizer import Detokenizer
-from jaxpaged.engine.grammar import Grammar, GrammarError
+from jaxpaged.engine.grammar import Grammar
 from jaxpaged.engine.groups import Groups
 from jaxpaged.engine.host_tier import HostTier
 from jaxpaged.engine.intake import EMBEDDING, Intake
+from jaxpaged.engine.ledger import Ledger
 from jaxpaged.engine.page_map import PageInfo
 from jaxpaged.engine.prompts import Prompt
-from jaxpaged.engine.report import OutputKind, Tracked, report, take_prompt_logprobs, token_logprobs
-from jaxpaged.engine.request import Sequence, seed_words
+from jaxpaged.engine.report import OutputKind, Tracked
+from jaxpaged.engine.request import seed_words
 from jaxpaged.engine.runner import InFlight, Runner
 from jaxpaged.engine.scheduler import Plan
 from jaxpaged.engine.scoring import Scores
@@ -39,15 +39,12 @@ from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestErr
 from jaxpaged.lora_request import LoRARequest
 from jaxpaged.model import lora
 from jaxpaged.model.params import Params
-from jaxpaged.model.sampling import Logprobs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
-from jaxpaged.outputs import FinishReason, Pooling, RequestOutput
+from jaxpaged.outputs import Pooling, RequestOutput
 from jaxpaged.sampling_params import BeamSearchParams, SamplingParams
 
 log = logging.getLogger("jaxpaged")
-
-_NO_TOKEN = "the logits are not finite, or no token is left that structured_outputs and the other parameters allow"
 
 UpdatePolicy = Literal["keep", "recompute", "abort"]
 """What happens to requests under way when the weights change."""
@@ -90,13 +87,12 @@ class Engine:
         )
         host = self._host if self._host.num_slots else None
         self.shards = make_shards(spec, self.config, self.runner, host, self.adapters)
+        self._ledger = Ledger(self.shards, tokenizer, self.runner.scrub)
         self._intake = Intake(spec, self.config, tokenizer, self.eos_token_ids, self.max_model_len)
-        self._requests: dict[str, Tracked] = {}
         self._groups = [Groups(self.runner.num_stages, self.config.page_size) for _ in self.shards]
         self._in_flight: list[InFlight | None] = [None] * self.runner.num_stages
-        self._undelivered: list[RequestOutput] = []  # for whoever calls `step` next, or does now
         self._scored = count()
-        self._prompt_tokens = self._generation_tokens = self._num_steps = 0
+        self._num_steps = 0
         self._slots_held = self._slots_wasted = 0
         if self.config.warmup:
             self.runner.warm_up(show_progress=show_progress)
@@ -122,7 +118,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """True while `step` has something to do or to say."""
-        return bool(self._requests or self._undelivered or any(self._in_flight))
+        return bool(self._ledger.requests or self._ledger.undelivered or any(self._in_flight))
 
     def add_request(
         self,
@@ -167,7 +163,7 @@ class Engine:
                 raise RequestError(f"logits_processor does not work over {count} processes yet; leave it out")
             self.runner.processors.check(params.processor, request.prompt_token_ids)
         detokenizers = [Detokenizer(self.tokenizer, params, request.prompt_token_ids) for _ in request.sequences]
-        self._add(Tracked(request, output_kind, detokenizers, [0] * params.num_completions))
+        self._ledger.add(Tracked(request, output_kind, detokenizers, [0] * params.num_completions))
 
     def add_beam_search(
         self,
@@ -191,13 +187,13 @@ class Engine:
             cache_salt=cache_salt,
             adapter=self.adapters.find(lora_request),
         )
-        self._add(Tracked(request, "final", [], [], BeamSearch(request, params)))
+        self._ledger.add(Tracked(request, "final", [], [], BeamSearch(request, params)))
 
     def fork(self, request_id: str, n: int = 1, *, index: int = 0) -> list[int]:
         """`n` more completions of a request that go on from the tokens of completion `index` so far, each with a seed
         of its own; their indices. Its pages are shared until they are written to.
         """
-        tracked = self._requests.get(request_id)
+        tracked = self._ledger.requests.get(request_id)
         if tracked is None or tracked.beams is not None:
             raise RequestError(f"no request {request_id!r} that can be forked is under way")
         sequences = tracked.request.sequences
@@ -217,18 +213,13 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request now, in whatever state; its last output comes with the next step. False for an unknown id."""
-        tracked = self._requests.get(request_id)
-        if tracked is None:
-            return False
-        self._finish_all(tracked, "abort", None)
-        self._undelivered.append(self._report(tracked, time.monotonic()))
-        return True
+        return self._ledger.abort(request_id)
 
     def take_aborted(self) -> list[RequestOutput]:
         """The last outputs of requests aborted since the last step, for who takes no step now, and what `sleep`
         read.
         """
-        outputs, self._undelivered = self._undelivered, []
+        outputs, self._ledger.undelivered = self._ledger.undelivered, []
         return outputs
 
     def step(self) -> list[RequestOutput]:
@@ -236,7 +227,7 @@ class Engine:
         if self.is_sleeping:
             raise AsleepError("the engine sleeps and has no page pool; call wake_up() before step()")
         if self.shards.await_tokens:
-            self._undelivered += self._read(self._in_flight)
+            self._ledger.undelivered += self._read(self._in_flight)
             self._in_flight = [None] * self.runner.num_stages
         plans = self.shards.schedule()
         before = self._in_flight
@@ -266,7 +257,7 @@ class Engine:
         scores = Scores(self._intake, prompts, completions, f"score-{next(self._scored)}", adapter)
         for request in scores.requests.values():
             detokenizer = Detokenizer(None, request.params, request.prompt_token_ids)
-            self._add(Tracked(request, "final", [detokenizer], [0]))
+            self._ledger.add(Tracked(request, "final", [detokenizer], [0]))
         others: list[RequestOutput] = []
         try:
             while not scores.finished:
@@ -274,7 +265,8 @@ class Engine:
         finally:
             for request_id in scores.requests:
                 self.abort(request_id)
-            self._undelivered = others + [o for o in self._undelivered if o.request_id not in scores.requests]
+            left = [o for o in self._ledger.undelivered if o.request_id not in scores.requests]
+            self._ledger.undelivered = others + left
         return scores.values()
 
     def reset_prefix_cache(self) -> None:
@@ -297,7 +289,7 @@ class Engine:
         if policy == "recompute":
             self.shards.preempt_all()
         elif policy == "abort":
-            for request_id in list(self._requests):
+            for request_id in list(self._ledger.requests):
                 self.abort(request_id)
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
@@ -326,7 +318,7 @@ class Engine:
         if policy == "recompute":
             self.shards.preempt_all(changed)
         elif policy == "abort":
-            for request_id, tracked in list(self._requests.items()):
+            for request_id, tracked in list(self._ledger.requests.items()):
                 if tracked.request.sequences[0].adapter is changed:
                     self.abort(request_id)
 
@@ -346,7 +338,7 @@ class Engine:
         """
         if level not in (1, 2):
             raise ConfigError(f"level is {level!r}; known: 1 (drops the page pool), 2 (the weights too)")
-        self._undelivered += self._read(self._in_flight)
+        self._ledger.undelivered += self._read(self._in_flight)
         self._in_flight = [None] * self.runner.num_stages
         self.shards.preempt_all()
         self.shards.reset_prefix_cache()
@@ -392,8 +384,8 @@ class Engine:
             num_drafts=total(lambda s: s.scheduler.drafter.num_drafts if s.scheduler.drafter else 0),
             num_drafted_tokens=total(lambda s: s.scheduler.drafter.num_drafted_tokens if s.scheduler.drafter else 0),
             num_accepted_tokens=total(lambda s: s.scheduler.drafter.num_accepted_tokens if s.scheduler.drafter else 0),
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
+            prompt_tokens=self._ledger.prompt_tokens,
+            generation_tokens=self._ledger.generation_tokens,
             num_steps=self._num_steps,
             num_compilations=self.runner.num_compilations,
             max_model_len=self.max_model_len,
@@ -415,7 +407,7 @@ class Engine:
             for shard, plan in zip(self.shards, plans, strict=True):
                 shard.scheduler.withdraw(plan)
             self._in_flight = [None] * self.runner.num_stages
-            self._undelivered += self._read(before)
+            self._ledger.undelivered += self._read(before)
             if not self.runner.has_lost_params:
                 raise
             raise ConfigError(
@@ -425,142 +417,16 @@ class Engine:
 
     def _read(self, steps: Seq[InFlight | None]) -> list[RequestOutput]:
         """Wait for a step's parts, and take what they sampled."""
-        return [output for step in steps if step is not None for output in self._update(self.runner.read(step))]
-
-    def _update(self, step: InFlight) -> list[RequestOutput]:
-        """Take what a finished step sampled."""
-        now = time.monotonic()
-        tokens, healthy = step.outputs.tokens.tolist(), step.outputs.healthy.tolist()
-        moved: dict[str, Tracked] = {}
-        for part in step.prompt_parts:
-            if (tracked := self._requests.get(part.sequence.request_id)) is not None:
-                take_prompt_logprobs(tracked, part, self.tokenizer)
-        step.embedded.take()
-        for row, chunk in step.rows:
-            sequence = chunk.sequence
-            tracked = self._requests.get(sequence.request_id)
-            if tracked is not None and tracked.request.metrics.first_scheduled_time is None:
-                tracked.request.metrics.first_scheduled_time = now
-            if not chunk.samples:
-                continue
-            sequence.num_pending_tokens -= 1
-            if sequence.finished or tracked is None:
-                continue  # stopped or aborted while this step was under way
-            moved[sequence.request_id] = tracked
-            confirmed = tracked.shard.scheduler.confirm(chunk, tokens[row:]) if chunk.draft else 0
-            for at in range(row, row + 1 + confirmed):
-                if not sequence.finished:
-                    self._take_row(tracked, sequence, step, at, tokens[at], healthy[at], now)
-        for tracked in moved.values():
-            if tracked.beams is not None and not tracked.request.finished and tracked.beams.is_ready:
-                tracked.beams.advance(tracked.shard.scheduler)
-        reported = (self._report(tracked, now) for tracked in moved.values() if self._is_due(tracked))
-        return list(reported)
-
-    def _take_row(
-        self, tracked: Tracked, sequence: Sequence, step: InFlight, row: int, token: int, is_healthy: bool, now: float
-    ) -> None:
-        """Take what a row says of a sequence's next token."""
-        if not is_healthy:
-            reason = "the logits are not finite" if sequence.matcher is None else _NO_TOKEN
-            return self._finish_all(tracked, "error", reason, sequence)
-        sequence.weight_versions.append(step.param_version)
-        logprobs = step.outputs.logprobs
-        try:
-            if sequence.pooling is not None:
-                self._finish(tracked, sequence, "stop", None)
-            elif tracked.beams is not None:
-                self._take_candidates(tracked.beams, sequence, logprobs, row)
-            else:
-                self._take_token(tracked, sequence, token, logprobs, row)
-        except GrammarError as error:
-            return self._finish_all(tracked, "error", str(error), sequence)
-        except Exception as error:  # a defect that this request meets is no reason to end the others
-            log.exception("request %r failed and ends; please report this", sequence.request_id)
-            return self._finish_all(tracked, "error", f"{type(error).__name__}: {error}", sequence)
-        metrics = tracked.request.metrics
-        metrics.first_token_time = metrics.first_token_time or now
-        metrics.last_token_time = now
-
-    def _take_token(self, tracked: Tracked, sequence: Sequence, token: int, logprobs: Logprobs, row: int) -> None:
-        """Append a sampled token and see whether it ends the sequence."""
-        params = sequence.params
-        sequence.token_ids.append(token)
-        self._generation_tokens += 1
-        if params.logprobs is not None:
-            entry = token_logprobs(logprobs, row, token, params.logprobs, self.tokenizer)
-            sequence.logprobs.append(entry)
-            sequence.cumulative_logprob += entry[token].logprob
-        detokenizer = tracked.detokenizers[sequence.index]
-        may_stop = sequence.num_output_tokens >= params.min_tokens
-        if may_stop and token in sequence.eos_token_ids:
-            return self._finish(tracked, sequence, "stop", None)
-        if may_stop and token in (params.stop_token_ids or ()):
-            if params.include_stop_str_in_output:
-                detokenizer.append([token])
-            return self._finish(tracked, sequence, "stop", token)
-        stop = detokenizer.append([token])
-        if stop is not None:
-            return self._finish(tracked, sequence, "stop", stop)
-        if sequence.matcher is not None and sequence.matcher.take(token):
-            return self._finish(tracked, sequence, "stop", None)
-        if sequence.num_output_tokens >= sequence.max_tokens:
-            return self._finish(tracked, sequence, "length", None)
-        if sequence.matcher is not None:
-            sequence.matcher.look_ahead()  # the device computes another step meanwhile
-
-    def _take_candidates(self, beams: BeamSearch, sequence: Sequence, logprobs: Logprobs, row: int) -> None:
-        """Remember what may follow a beam."""
-        self._generation_tokens += 1
-        wanted = sequence.params.logprobs or 0
-        beams.take(sequence, np.asarray(logprobs.top_ids[row, :wanted]), np.asarray(logprobs.top[row, :wanted]))
-
-    def _finish(
-        self, tracked: Tracked, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None
-    ) -> None:
-        shard = tracked.shard
-        pages = [page for page in sequence.pages if shard.pool.references(page) == 1]
-        shard.scheduler.finish(sequence, reason, stop_reason)
-        if reason == "error":
-            self.runner.scrub(pages, shard.index)
-        if tracked.beams is None:
-            tracked.detokenizers[sequence.index].finish()
-
-    def _finish_all(
-        self, tracked: Tracked, reason: FinishReason, stop_reason: str | None, only: Sequence | None = None
-    ) -> None:
-        """End a request, or one of its completions; beams end together."""
-        for sequence in tracked.request.sequences:
-            is_meant = only is None or sequence is only or tracked.beams is not None
-            if is_meant and not sequence.finished:
-                self._finish(tracked, sequence, reason, stop_reason)
+        return [output for step in steps if step is not None for output in self._ledger.take(self.runner.read(step))]
 
     def _check_room(self, request_id: str) -> None:
-        if request_id in self._requests:
+        if request_id in self._ledger.requests:
             raise RequestError(f"request id {request_id!r} is in use; give each request its own")
         limit = self.config.max_num_queued_requests
         if limit is not None and (waiting := self.shards.num_waiting) >= limit:
             raise QueueFullError(
                 f"{waiting:,} requests wait and max_num_queued_requests is {limit:,}; try again later, or raise it"
             )
-
-    def _add(self, tracked: Tracked) -> None:
-        request = tracked.request
-        self._requests[request.request_id] = tracked
-        self._prompt_tokens += len(request.prompt_token_ids)
-        tracked.shard = self.shards.add(request.sequences[0])
-
-    def _is_due(self, tracked: Tracked) -> bool:
-        """Of completions that are to be ranked nothing is said before the end."""
-        return tracked.request.finished or (tracked.output_kind != "final" and not tracked.request.params.ranks)
-
-    def _report(self, tracked: Tracked, now: float) -> RequestOutput:
-        """The request as its caller wants to see it; forgets it when it has finished."""
-        request = tracked.request
-        if request.finished:
-            del self._requests[request.request_id]
-            request.metrics.finished_time = now
-        return report(tracked, self.tokenizer)
 
 
 def _policy_problem(policy: str) -> str | None:
