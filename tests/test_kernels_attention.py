@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import INTERPRET
-from test_paged_attention import SHAPES, Options, Pool
+from test_paged_attention import SHAPES, Latents, Options, Pool
 
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
+from jaxpaged.kernels.tiles import heads_together
 
 LENS = [1, 16, 17, 0, 33, 70, 5]
 Q_LENS = [1, 5, 17, 0, 1, 30, 2]
@@ -142,6 +143,27 @@ def test_eight_bit_pools_are_multiplied_by_their_scales(dtype):
     q = queries(rng, sum(Q_LENS), 4, 64)
     got = ragged(pool, q, Q_LENS, KERNEL, **how)
     np.testing.assert_allclose(got, ragged(pool, q, Q_LENS, REFERENCE, **how), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [(4, Options(23, 1.5, SINKS)), pytest.param(24, PLAIN, marks=pytest.mark.slow)],
+    ids=["options", "heads"],
+)
+def test_keys_that_hold_their_values_equal_the_reference(heads, options):
+    """24 heads are two programs of 12; 40 numbers are read as 32 and 8, and 10 of 26 as 16 and 16."""
+    assert heads_together(24, 1, 32, np.float32) == 12
+    rng = np.random.default_rng(10)
+    dim, v_dim = (40, 32) if heads == 24 else (26, 10)
+    pool = Latents(rng, LENS, 16, dim, v_dim)
+    q = queries(rng, len(LENS), heads, dim)
+    want = decode(pool, q, REFERENCE | {"v_dim": v_dim}, options=options)
+    got = decode(pool, q, KERNEL | {"v_dim": v_dim, "num_splits": 3}, options=options)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    q = queries(rng, sum(Q_LENS) + 9, heads, dim)
+    want = ragged(pool, q, Q_LENS, REFERENCE | {"v_dim": v_dim}, options=options)
+    got = ragged(pool, q, Q_LENS, KERNEL | {"v_dim": v_dim, "block_q": 8}, options=options)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_splits_change_nothing_but_rounding():

@@ -130,6 +130,20 @@ def test_impossible_sizes_are_refused(sizes, message):
         trace(paged_attention, backend="triton", **sizes)
 
 
+@OPS
+@pytest.mark.parametrize(("dtype", "programs"), [("bfloat16", 4), ("float32", 8)])
+def test_128_heads_that_share_a_latent_are_several_programs_which_lower_for_nvidia(op, dtype, programs):
+    struct = jax.ShapeDtypeStruct
+    rows = [struct((3,), jnp.int32)] if op is paged_attention else [struct((4,), jnp.int32), struct((3,), jnp.int32)]
+    args = struct((3, 128, 576), dtype), struct((9, 16, 1, 1, 576), dtype), struct((3, 2), jnp.int32), *rows
+    with on("NVIDIA H200"):
+        traced = jax.jit(partial(op, scale=1.0, v_dim=512)).trace(*args)
+        assert "gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        with pytest.raises(ValueError, match=r"needs .*keys and values apart, without v_dim.*: use triton instead"):
+            jax.eval_shape(partial(op, scale=1.0, v_dim=512, backend="mosaic"), *args)
+    assert 128 // tiles.heads_together(128, 1, 512, dtype) == programs
+
+
 def test_keys_are_split_until_the_device_is_full():
     splits = partial(splits_for, H200, kv_heads=8, max_keys=8192, block_k=64)
     assert [splits(num_seqs=n) for n in (1, 8, 32, 33, 256)] == [33, 5, 2, 1, 1]

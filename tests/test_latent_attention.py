@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,12 +11,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from interpreter import INTERPRET
 from safetensors.numpy import load_file, save_file
 from test_engine import LENGTH, PROMPTS, ROOMY, VOCAB, run
 from test_families import tiny
-from test_kernels_dispatch import on
-from test_paged_attention import Options, Pool, exact
 from test_plan import bytes_by_device
 from test_sharded_loading import some_of
 from tiny_models import CASES, write_checkpoint
@@ -31,12 +27,10 @@ from jaxpaged.convert.load import load, readers, recipe_for
 from jaxpaged.convert.rules import load_leaves
 from jaxpaged.engine.forecast import Forecaster
 from jaxpaged.errors import CheckpointError
-from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
 from jaxpaged.kernels.reference import attention
-from jaxpaged.kernels.tiles import heads_together
 from jaxpaged.model.latent import absorbed, expanded
 from jaxpaged.model.moe import route
-from jaxpaged.model.params import dummy_params
+from jaxpaged.model.params import dummy_params, flatten
 from jaxpaged.model.rope import rope_table
 from jaxpaged.model.spec import Block, Decoder, ExpertGroups, LatentAttention, Mlp, Moe, Norm, Rope
 
@@ -81,101 +75,6 @@ def llm():
 @pytest.fixture(scope="module")
 def seeded():
     return run(make(max_num_seqs=1), PROMPTS, SEEDED)
-
-
-class Latents(Pool):
-    """Keys whose first `v_dim` numbers are their values."""
-
-    def __init__(self, rng, kv_lens, page_size, dim, v_dim):
-        super().__init__(rng, kv_lens, page_size, 1, dim)
-        self.pages, self.v = self.pages[:, :, :1], [k[..., :v_dim] for k in self.k]
-
-
-def exact_latent(q, pool, s, v_dim, options):
-    """Padded values, so that keys and values are of one size."""
-    padded = np.pad(pool.v[s], ((0, 0), (0, 0), (0, q.shape[-1] - v_dim)))
-    return exact(q, pool.k[s], padded, 0.3, options)[..., :v_dim]
-
-
-SINKS = np.asarray([1.0, -2.0, 0.5], np.float32)
-
-
-KERNEL = {"backend": "triton", "interpret": INTERPRET, "block_k": 16}
-
-
-@pytest.mark.parametrize(
-    ("how", "options"),
-    [
-        ({"backend": "reference"}, Options()),
-        ({"backend": "reference"}, Options(5, 1.5, SINKS)),
-        (KERNEL, Options(5, 1.5, SINKS)),
-        pytest.param(KERNEL, Options(), marks=pytest.mark.slow),
-    ],
-    ids=["reference", "reference, all options", "kernel, all options", "kernel"],
-)
-def test_ops_read_pages_whose_keys_begin_with_their_values(how, options):
-    rng = np.random.default_rng(0)
-    kv_lens, q_lens, v_dim = [20, 1, 0, 64, 37, 16], [20, 1, 0, 1, 18, 15], 10
-    pool = Latents(rng, kv_lens, 8, 16, v_dim)
-    sinks = None if options.sinks is None else jnp.asarray(options.sinks)
-    meaning = {
-        "scale": 0.3,
-        "window": options.window,
-        "softcap": options.softcap,
-        "sinks": sinks,
-        "v_dim": v_dim,
-        **how,
-    }
-    cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
-    q = rng.standard_normal((cu[-1] + 9, 3, 16)).astype(np.float32)
-
-    chunks = jax.jit(partial(ragged_paged_attention, **meaning))(q, pool.pages, pool.table, cu, pool.kv_lens)
-    decoded = jax.jit(partial(paged_attention, **meaning))(q[:6], pool.pages, pool.table, pool.kv_lens)
-
-    want = np.zeros((len(q), 3, v_dim))
-    for s, length in enumerate(q_lens):
-        want[cu[s] : cu[s] + length] = exact_latent(q[cu[s] : cu[s] + length], pool, s, v_dim, options)
-        one = exact_latent(q[s : s + 1], pool, s, v_dim, options)[0] if kv_lens[s] else 0.0
-        np.testing.assert_allclose(decoded[s], one, atol=1e-5)
-    np.testing.assert_allclose(chunks, want, atol=1e-5)
-
-
-@pytest.mark.parametrize("op", [paged_attention, ragged_paged_attention])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_heads_that_share_a_latent_are_cut_over_programs_that_lower_for_nvidia(op, dtype):
-    """V3's sizes. In 16 bits 128 heads are four programs, in float32 eight, whose numbers are the reference's."""
-    struct = jax.ShapeDtypeStruct
-    rows = (struct((3,), jnp.int32),) if op is paged_attention else (struct((4,), jnp.int32), struct((3,), jnp.int32))
-    shapes = struct((3, 128, 576), dtype), struct((9, 16, 1, 1, 576), dtype), struct((3, 2), jnp.int32), *rows
-    with on("NVIDIA H200"):
-        traced = jax.jit(partial(op, scale=1.0, v_dim=512)).trace(*shapes)
-        assert "gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert heads_together(128, 1, 512, dtype) == {"bfloat16": 32, "float32": 16}[dtype]
-
-
-def test_programs_that_share_a_latent_give_what_the_reference_does():
-    rng = np.random.default_rng(2)
-    pool = Latents(rng, [20, 0, 41], 8, 40, 32)
-    q = rng.standard_normal((3, 24, 40)).astype(np.float32)  # heads of two programs, of 12
-    assert heads_together(24, 1, 32, np.float32) == 12
-
-    def decode(**how):
-        op = jax.jit(partial(paged_attention, scale=0.3, v_dim=32, **how))
-        return op(q, pool.pages, pool.table, pool.kv_lens)
-
-    np.testing.assert_allclose(decode(**KERNEL, num_splits=3), decode(backend="reference"), atol=1e-5)
-
-
-def test_ops_refuse_pages_that_do_not_hold_what_is_asked():
-    rng = np.random.default_rng(1)
-    pool, q = jax.tree.map(jnp.asarray, vars(Latents(rng, [5], 4, 16, 10))), jnp.zeros((1, 2, 16))
-    where = pool["pages"], pool["table"], pool["kv_lens"]
-    with pytest.raises(ValueError, match=r"page_size, 2, K, D\]"):
-        paged_attention(q, *where, scale=1.0)
-    with pytest.raises(ValueError, match="v_dim is 17; it must be from 1 to the 16"):
-        paged_attention(q, *where, scale=1.0, v_dim=17)
-    with pytest.raises(ValueError, match=r"\(scales\) cannot hold keys that are values too"):
-        paged_attention(q, *where, scale=1.0, v_dim=10, scales=jnp.ones((5, 4, 2, 1)))
 
 
 def test_both_forms_are_the_same_function_and_so_are_their_gradients():
@@ -344,6 +243,17 @@ def test_a_selection_bias_stays_float32_whatever_the_rest_is_loaded_as(v3, tmp_p
     assert params["mixer"]["k_up"]["w"].dtype == jnp.bfloat16
     for found in (params["ffn"]["selection_bias"], load_file(back / "model.safetensors")[name]):
         np.testing.assert_array_equal(found, stored, err_msg=leaf)
+
+
+def test_orbax_gives_the_selection_bias_back_as_it_was(tmp_path):
+    orbax = pytest.importorskip("jaxpaged.integrations.orbax")
+    params = dummy_params(SPEC, dtype="bfloat16")
+    params["layers"][1]["ffn"]["selection_bias"] = PARAMS["layers"][1]["ffn"]["selection_bias"]
+    orbax.save(tmp_path / "run", SPEC, params)
+    _, found = orbax.load(tmp_path / "run")
+    assert {path: leaf.dtype for path, leaf in flatten(found)} == {path: x.dtype for path, x in flatten(params)}
+    bias = found["layers"][1]["ffn"]["selection_bias"]
+    np.testing.assert_array_equal(bias, params["layers"][1]["ffn"]["selection_bias"])
 
 
 @pytest.fixture

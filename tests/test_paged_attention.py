@@ -60,6 +60,14 @@ class Pool:
         self.kv_lens = np.asarray(kv_lens, np.int32)
 
 
+class Latents(Pool):
+    """Keys of one head whose first `v_dim` numbers are their values."""
+
+    def __init__(self, rng, kv_lens, page_size, dim, v_dim):
+        super().__init__(rng, kv_lens, page_size, 1, dim)
+        self.pages, self.v = self.pages[:, :, :1], [k[..., :v_dim] for k in self.k]
+
+
 def ragged(pool, q, q_lens, scale, options):
     """The op under test, jitted, and the expected rows."""
     cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
@@ -245,3 +253,38 @@ def test_wrong_shapes_are_refused_with_both_numbers(monkeypatch):
         paged_attention(jnp.zeros((2, 4, 32)), pages, table, lens, scale=1.0)
     with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, reference, triton, mosaic"):
         paged_attention(jnp.zeros((3, 4, 32)), pages, table, lens, scale=1.0, backend="cuda")
+
+
+@pytest.mark.parametrize("options", [Options(), Options(5, 1.5, np.asarray([1.0, -2.0, 0.5], np.float32))])
+def test_keys_may_begin_with_their_values(options):
+    rng = np.random.default_rng(0)
+    kv_lens, q_lens, v_dim = [20, 1, 0, 64, 37, 16], [20, 1, 0, 1, 18, 15], 10
+    pool = Latents(rng, kv_lens, 8, 16, v_dim)
+    sinks = None if options.sinks is None else jnp.asarray(options.sinks)
+    meaning = {"scale": 0.3, "window": options.window, "softcap": options.softcap, "sinks": sinks, "v_dim": v_dim}
+    cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    q = rng.standard_normal((cu[-1] + 9, 3, 16)).astype(np.float32)
+
+    chunks = jax.jit(partial(ragged_paged_attention, **meaning))(q, pool.pages, pool.table, cu, pool.kv_lens)
+    decoded = jax.jit(partial(paged_attention, **meaning))(q[:6], pool.pages, pool.table, pool.kv_lens)
+
+    def wanted(rows, s):
+        padded = np.pad(pool.v[s], ((0, 0), (0, 0), (0, 16 - v_dim)))  # `exact` wants one size of keys and values
+        return exact(rows, pool.k[s], padded, 0.3, options)[..., :v_dim]
+
+    want = np.zeros((len(q), 3, v_dim))
+    for s, length in enumerate(q_lens):
+        want[cu[s] : cu[s] + length] = wanted(q[cu[s] : cu[s] + length], s)
+        np.testing.assert_allclose(decoded[s], wanted(q[s : s + 1], s)[0] if kv_lens[s] else 0.0, atol=1e-5)
+    np.testing.assert_allclose(chunks, want, atol=1e-5)
+
+
+def test_pages_that_do_not_hold_what_is_asked_are_refused():
+    pool, q = jax.tree.map(jnp.asarray, vars(Latents(np.random.default_rng(1), [5], 4, 16, 10))), jnp.zeros((1, 2, 16))
+    where = pool["pages"], pool["table"], pool["kv_lens"]
+    with pytest.raises(ValueError, match=r"page_size, 2, K, D\]"):
+        paged_attention(q, *where, scale=1.0)
+    with pytest.raises(ValueError, match="v_dim is 17; it must be from 1 to the 16"):
+        paged_attention(q, *where, scale=1.0, v_dim=17)
+    with pytest.raises(ValueError, match=r"\(scales\) cannot hold keys that are values too"):
+        paged_attention(q, *where, scale=1.0, v_dim=10, scales=jnp.ones((5, 4, 2, 1)))

@@ -19,7 +19,7 @@ from jaxpaged.model.decoder import apply
 from jaxpaged.model.head_layout import fit_heads, fit_leaf, head_layout
 from jaxpaged.model.params import dummy_params, flatten, map_specs, param_specs
 from jaxpaged.model.sharding import Placement, ShardingRules, parallel
-from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Moe, Norm, Rope
+from jaxpaged.model.spec import Attention, Block, Decoder, LatentAttention, Mlp, Moe, Norm, Rope
 
 RMS, LAYER = Norm("rms", 1e-5), Norm("layer", 1e-5)
 ENGINE = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "num_pages": 48, "page_size": 4, "warmup": False}
@@ -52,13 +52,18 @@ def mixture() -> Decoder:
     return replace(llama(), blocks=(block, replace(block, ffn=moe)))
 
 
+def latents() -> Decoder:
+    mixer = LatentAttention(8, 16, 8, 12, 16**-0.5, Rope(1e4, 8), RMS, q_rank=24)
+    return replace(llama(), blocks=(replace(llama().blocks[0], mixer=mixer),) * 2)
+
+
 def norms_over_all_heads() -> Decoder:
     mixer = Attention(8, 2, 8, 8**-0.5, Rope(1e4, 8), qk_norm=RMS, norm_all_heads=True)
     return replace(llama(), blocks=(replace(llama().blocks[0], mixer=mixer),))
 
 
 MODELS = {"llama": llama(), "grouped": llama(8, 4), "awkward": llama(9, 3), "gpt2": gpt2(), "gemma": gemma()}
-MODELS |= {"mixture": mixture(), "norms over all heads": norms_over_all_heads()}
+MODELS |= {"mixture": mixture(), "norms over all heads": norms_over_all_heads(), "latents": latents()}
 PROMPTS = [np.random.default_rng(i).integers(0, 64, n).tolist() for i, n in enumerate((5, 40, 9))]
 
 
@@ -142,7 +147,7 @@ def test_each_device_holds_its_share_of_weights_and_pool():
     assert sum(w.nbytes for path, w in flatten(engine.params) if "norm" in path) < 0.005 * sum(w.nbytes for w in cut)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "mixture"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "mixture", "latents"])
 @pytest.mark.parametrize("bucket", [Bucket(4, 0, 0), Bucket(4, 32, 4)], ids=["decode", "mixed"])
 def test_a_step_sums_twice_a_layer_and_once_for_the_embedding_and_moves_nothing_else(name, bucket):
     spec = MODELS[name]

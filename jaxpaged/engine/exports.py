@@ -102,7 +102,7 @@ def write(
     if config.speculation is not None and config.speculation.method != "ngram":
         raise ConfigError("speculative_config.method is a function, which cannot be written down; export with ngram")
     _register()
-    params = map_specs(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), spec)
+    params = map_specs(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype or dtype), spec)
     count = 0
     devices: dict[str, Any] = {}
     for platform in platforms:

@@ -27,7 +27,7 @@ from jaxpaged.convert.checkpoint import SPEC, orbax_spec, orbax_tree
 from jaxpaged.convert.load import resolve_dtype
 from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.integrations import trees
-from jaxpaged.model.params import Params, check_params, flatten, map_specs
+from jaxpaged.model.params import Params, check_params, flatten, map_specs, param_specs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder, from_json, to_json
 from jaxpaged.model.stages import array_of
@@ -133,7 +133,10 @@ class _Saved(NamedTuple):
 
 def _load(saved: _Saved, spec: Decoder, family: str | None, dtype: str, placement: Placement | None) -> Params:
     kind = _dtype(saved.folder, saved.weights, dtype)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), saved.weights)
+    own = {} if family else {path: leaf.dtype for path, leaf in flatten(param_specs(spec)) if leaf.dtype}
+    leaves, structure = jax.tree.flatten(saved.weights)
+    named = zip(trees.names(saved.weights), leaves, strict=True)
+    shapes = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(x.shape, own.get(name, kind)) for name, x in named])
     try:
         params = jax.eval_shape(lambda tree: trees.to_params(tree, spec, family), shapes)
     except ConfigError as error:
