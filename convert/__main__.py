@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +16,13 @@ from tqdm import tqdm
 from jaxpaged.convert.checkpoint import Checkpoint, open_checkpoint
 from jaxpaged.convert.gguf_reader import gguf_metadata
 from jaxpaged.convert.load import DTYPES, Recipe, load, recipe_for, resolve_dtype, whole
-from jaxpaged.convert.native import new_folder, write_hf, write_native, write_tokenizer
+from jaxpaged.convert.native import new_folder, stored_bytes, write_hf, write_native, write_tokenizer
 from jaxpaged.convert.verify import Comparison, compare, reference_logits, sample_tokens
 from jaxpaged.engine.tokenizer import load_tokenizer
 from jaxpaged.errors import CheckpointError, JaxpagedError
 from jaxpaged.model.decoder import apply
-from jaxpaged.model.params import num_params
+from jaxpaged.model.params import in_floats, num_params
+from jaxpaged.model.spec import WeightDtype
 
 
 class Conversion(NamedTuple):
@@ -40,6 +41,7 @@ def convert(
     destination: str | Path,
     *,
     dtype: str = "auto",
+    quantization: WeightDtype | None = None,
     to_hf: bool = False,
     verify: bool = False,
     overwrite: bool = False,
@@ -47,14 +49,20 @@ def convert(
 ) -> Conversion:
     """Write the checkpoint `source` to the folder `destination`, whole or not at all.
 
-    `verify` compares logits with transformers' before anything appears at `destination`. Raises CheckpointError.
+    With a `quantization` a native folder holds the weights of products so. `verify` compares logits with transformers'
+    before anything appears at `destination`. Raises CheckpointError, and ConfigError where it cannot be quantised so.
     """
+    if quantization is not None and (to_hf or verify):
+        raise CheckpointError(
+            f"{'--to-hf writes floats' if to_hf else '--verify compares what was not rounded'}, and --quantization is "
+            f"{quantization}; leave one of them out"
+        )
     start = time.perf_counter()
     checkpoint = open_checkpoint(source)
-    recipe = recipe_for(checkpoint)
+    recipe = recipe_for(checkpoint, quantization)
     target = resolve_dtype(dtype, checkpoint.dtype)
     count = num_params(recipe.spec)
-    num_bytes = count * target.itemsize
+    num_bytes = stored_bytes(in_floats(recipe.spec) if to_hf else recipe.spec, target)
     final = Path(destination).expanduser()
     fill = write_hf if to_hf else write_native
     with new_folder(final, checkpoint.path, num_bytes=num_bytes, overwrite=overwrite) as folder:
@@ -73,6 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("destination", metavar="DST", help="the folder to write; appears only when it is complete")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="what to store (default: as SRC)")
+    parser.add_argument(
+        "--quantization", "-q", choices=get_args(WeightDtype), help="store the weights of products in 8 or 4 bits"
+    )
     parser.add_argument("--to-hf", action="store_true", help="write a Hugging Face folder instead of a native one")
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers' (needs torch)")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint folder")
@@ -87,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
             args.source,
             args.destination,
             dtype=args.dtype,
+            quantization=args.quantization,
             to_hf=args.to_hf,
             verify=args.verify,
             overwrite=args.overwrite,

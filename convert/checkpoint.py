@@ -56,9 +56,13 @@ class Checkpoint:
 
     @property
     def dtype(self) -> np.dtype[Any] | None:
-        """The dtype that most bytes are stored as, None where that is a quantised format."""
+        """The dtype that most bytes are stored as, None where that is a quantised format; of a native folder's weights
+        those that are not quantised count.
+        """
         sizes: dict[np.dtype[Any] | None, int] = {}
-        for tensor in self.tensors.values():
+        for name, tensor in self.tensors.items():
+            if self.format == "native" and name.endswith((".w.values", ".w.scale")):
+                continue
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 

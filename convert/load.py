@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +30,12 @@ from jaxpaged.convert.checkpoint import (
     read_config,
 )
 from jaxpaged.convert.families import Family, family_of
+from jaxpaged.convert.quantizing import QuantizingReader
 from jaxpaged.convert.rules import HeadPart, Part, Rule, copy, hf_shapes, load_leaves
-from jaxpaged.convert.stored_tensor import BYTES_READ, Array, StoredTensor
+from jaxpaged.convert.stored_tensor import BYTES_READ, Array, StoredTensor, is_all
 from jaxpaged.errors import CheckpointError
-from jaxpaged.model.params import Params, ParamSpec, ReadPart, flatten, map_specs, param_specs
-from jaxpaged.model.spec import Decoder, from_json
+from jaxpaged.model.params import Params, ParamSpec, ReadPart, flatten, map_specs, param_specs, quantized_as
+from jaxpaged.model.spec import Decoder, WeightDtype, from_json
 
 log = logging.getLogger("jaxpaged")
 
@@ -72,24 +73,33 @@ class Described(NamedTuple):
 class Recipe(NamedTuple):
     """How to make a model's leaves from a checkpoint's tensors; the two have been found to fit.
 
-    `unread` are the tensors that hold no weights: buffers, the copy of a tied head, a vision tower.
+    `unread` are the tensors that hold no weights: buffers, the copy of a tied head, a vision tower. `stored` is
+    the spec of what the rules give: floats, where `spec` may be quantised.
     """
 
     spec: Decoder
     rules: Sequence[Rule]
+    stored: Decoder
     unread: frozenset[str] = frozenset()
 
 
-def load(path: str | Path, *, dtype: str = "auto", put_for: PutFor | None = None) -> LoadedModel:
+def load(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    quantization: WeightDtype | None = None,
+    put_for: PutFor | None = None,
+) -> LoadedModel:
     """Load a Hugging Face folder, a native folder, a GGUF file or a hub id.
 
     `put_for(spec)` gives the function that places the leaves; left out, they go to the default device.
     `dtype` is a name in `DTYPES` or "auto": the checkpoint's; for quantised GGUF float32 on CPU, else bfloat16; and on
-    CPU for other people's float16, which XLA multiplies there at a tenth of the speed, float32. Raises
-    CheckpointError before any weight is read where the tensors do not fit the config.
+    CPU for other people's float16, which XLA multiplies there at a tenth of the speed, float32. With a `quantization`
+    weights are quantised as they are read. Raises CheckpointError before any weight is read where the tensors do not
+    fit the config, ConfigError where they cannot be quantised so.
     """
     checkpoint = open_checkpoint(path)
-    recipe = recipe_for(checkpoint)
+    recipe = recipe_for(checkpoint, quantization)
     shapes = dict(flatten(param_specs(recipe.spec)))
     place = put_for(recipe.spec) if put_for else _on_default_device
     placed: dict[str, jax.Array] = {}
@@ -131,51 +141,75 @@ def describe(path: str | Path) -> Described:
 
 
 def leaves(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Iterator[tuple[str, Array]]:
-    """(path, array) of every leaf, cast to `dtype`, in the order of the recipe's rules."""
-    dtypes = leaf_dtypes(recipe.spec, dtype)
-    for path, array in load_leaves(recipe.rules, checkpoint.read):
-        yield path, array.astype(dtypes[path], copy=False)
-
-
-def leaf_dtypes(spec: Decoder, dtype: np.dtype[Any]) -> dict[str, np.dtype[Any]]:
-    """What each leaf is cast to: `dtype`, but for those that keep their own."""
-    return {path: np.dtype(leaf.dtype or dtype) for path, leaf in flatten(param_specs(spec))}
+    """(path, array) of every leaf, floats cast to `dtype`, in the order of the recipe's rules."""
+    specs = dict(flatten(param_specs(recipe.spec)))
+    loaded = ((path, _of_whole(leaf)) for path, leaf in load_leaves(recipe.rules, checkpoint.read))
+    for path, read in _as_wanted(loaded, recipe, dtype):
+        yield path, whole(specs[path], read)
 
 
 def readers(checkpoint: Checkpoint, recipe: Recipe, dtype: np.dtype[Any]) -> Iterator[tuple[str, ReadPart]]:
-    """(path, read) of every leaf, in the order of the recipe's rules; what is read is cast to `dtype`.
+    """(path, read) of every leaf, in the order of the recipe's rules; floats that are read are cast to `dtype`.
 
     What a rule does to several tensors at once needs them whole: then they are, and the log says so.
     """
+    return _as_wanted(_stored(checkpoint, recipe), recipe, dtype)
 
-    def of_part(tensor: StoredTensor, part: Part | HeadPart, dtype: np.dtype[Any]) -> ReadPart:
-        return lambda *index: part.read(tensor, index).astype(dtype, copy=False)
 
-    def of_stack(tensors: Sequence[StoredTensor], part: Part | HeadPart, dtype: np.dtype[Any]) -> ReadPart:
+def _as_wanted(
+    stored: Iterable[tuple[str, ReadPart]], recipe: Recipe, dtype: np.dtype[Any]
+) -> Iterator[tuple[str, ReadPart]]:
+    """Leaves as the recipe's spec has them, of those that are stored: quantised where they are not yet."""
+    wanted, have = dict(flatten(param_specs(recipe.spec))), dict(flatten(param_specs(recipe.stored)))
+
+    def cast(read: ReadPart, dtype: np.dtype[Any]) -> ReadPart:
+        return lambda *index: read(*index).astype(dtype, copy=False)
+
+    for path, read in stored:
+        if path in wanted:
+            yield path, cast(read, wanted[path].dtype or dtype)
+        elif recipe.spec.quantization is not None:
+            reader = QuantizingReader(path, have[path], read, recipe.spec.quantization)
+            yield f"{path}.values", reader.values
+            yield f"{path}.scale", reader.scale
+
+
+def _of_whole(leaf: Array) -> ReadPart:
+    return lambda *index: leaf if all(map(is_all, index, leaf.shape)) else leaf[np.ix_(*index)]
+
+
+def leaf_dtypes(spec: Decoder, dtype: np.dtype[Any]) -> dict[str, np.dtype[Any]]:
+    """What each leaf is stored as: `dtype`, but for those that keep their own; files know no 4 bits, but bytes."""
+    own = {path: leaf.dtype or dtype for path, leaf in flatten(param_specs(spec))}
+    return {path: np.dtype(np.int8) if its == jnp.int4 else its for path, its in own.items()}
+
+
+def _stored(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[tuple[str, ReadPart]]:
+    """(path, read) of every leaf as it is stored."""
+
+    def of_part(tensor: StoredTensor, part: Part | HeadPart) -> ReadPart:
+        return lambda *index: part.read(tensor, index)
+
+    def of_stack(tensors: Sequence[StoredTensor], part: Part | HeadPart) -> ReadPart:
         def read(*index: NDArray[np.int64]) -> Array:
-            out = np.empty([len(axis) for axis in index], dtype)
+            out = np.empty([len(axis) for axis in index], tensors[0].dtype or np.float32)
             for one, number in zip(out, index[0].tolist(), strict=True):
                 one[...] = part.read(tensors[number], index[1:])
             return out
 
         return read
 
-    def of_whole(leaf: Array, dtype: np.dtype[Any]) -> ReadPart:
-        return lambda *index: leaf[np.ix_(*index)].astype(dtype, copy=False)
-
-    dtypes = leaf_dtypes(recipe.spec, dtype)
     for rule in recipe.rules:
-        own = [dtypes[path] for path in rule.paths]
         if rule.parts is not None:
             tensors = [checkpoint.tensors[name] for name in rule.sources]
             read = partial(of_stack, tensors) if rule.stacks else partial(of_part, tensors[0])
-            yield from zip(rule.paths, map(read, rule.parts, own), strict=True)
+            yield from zip(rule.paths, map(read, rule.parts), strict=True)
         else:
             log.info("%s cannot be read in parts and is read whole", ", ".join(rule.sources))
-            yield from ((path, of_whole(leaf, dtypes[path])) for path, leaf in load_leaves([rule], checkpoint.read))
+            yield from ((path, _of_whole(leaf)) for path, leaf in load_leaves([rule], checkpoint.read))
 
 
-def recipe_for(checkpoint: Checkpoint) -> Recipe:
+def recipe_for(checkpoint: Checkpoint, quantization: WeightDtype | None = None) -> Recipe:
     """The spec and rules for a checkpoint. Raises CheckpointError that lists every tensor that does not fit."""
     recipe = _native_recipe(checkpoint) if checkpoint.format == "native" else _family_recipe(checkpoint)
     try:
@@ -187,7 +221,8 @@ def recipe_for(checkpoint: Checkpoint) -> Recipe:
             f"{checkpoint.path}: {len(problems)} tensors do not fit the config; fetch both again, from one place:\n  "
             + "\n  ".join(problems)
         )
-    return recipe._replace(rules=_largest_first(recipe.rules, checkpoint))
+    spec = quantized_as(recipe.spec, quantization)
+    return recipe._replace(spec=spec, rules=_largest_first(recipe.rules, checkpoint))
 
 
 def resolve_dtype(name: str, stored: np.dtype[Any] | None) -> np.dtype[Any]:
@@ -213,7 +248,7 @@ def _dtype_here(name: str, checkpoint: Checkpoint) -> np.dtype[Any]:
 
 def _native_recipe(checkpoint: Checkpoint) -> Recipe:
     spec = _native_spec(checkpoint.path / SPEC)
-    return Recipe(spec, [copy(path, path) for path, _ in flatten(param_specs(spec))])
+    return Recipe(spec, [copy(path, path) for path, _ in flatten(param_specs(spec))], spec)
 
 
 def _native_spec(file: Path) -> Decoder:
@@ -226,7 +261,7 @@ def _native_spec(file: Path) -> Decoder:
 def _family_recipe(checkpoint: Checkpoint) -> Recipe:
     family, spec = _family_and_spec(checkpoint.config, checkpoint.path)
     unread = frozenset(name for name in checkpoint.names if family.ignores(name, spec))
-    return Recipe(spec, family.rules(spec, checkpoint.names), unread)
+    return Recipe(spec, family.rules(spec, checkpoint.names), spec, unread)
 
 
 def _family_and_spec(config: Mapping[str, Any], path: Path) -> tuple[Family, Decoder]:
@@ -249,8 +284,9 @@ def _largest_first(rules: Sequence[Rule], checkpoint: Checkpoint) -> Sequence[Ru
 
 
 def _misfits(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    """A line for every tensor that is missing, unexpected, of another shape or not made of floats."""
-    want = hf_shapes(recipe.rules, recipe.spec)
+    """A line for every tensor that is missing, unexpected, of another shape or made of other numbers than it should."""
+    want = hf_shapes(recipe.rules, recipe.stored)
+    typed = {path: its for path, its in leaf_dtypes(recipe.stored, DTYPES["float32"]).items() if its.itemsize == 1}
     have = {name: tensor for name, tensor in checkpoint.tensors.items() if name in want or name not in recipe.unread}
     lines = [f"missing {name} {list(want[name])}" for name in want if name not in have]
     lines += [f"unexpected {name} {list(have[name].shape)}" for name in have if name not in want]
@@ -258,6 +294,8 @@ def _misfits(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
         tensor = have[name]
         if tensor.shape != want[name]:
             lines.append(f"{name} has shape {list(tensor.shape)}, needs {list(want[name])}")
-        elif tensor.dtype is not None and not jnp.issubdtype(tensor.dtype, jnp.floating):
+        elif name in typed and tensor.dtype != typed[name]:
+            lines.append(f"{name} holds {tensor.dtype}, needs {typed[name]}")
+        elif name not in typed and tensor.dtype is not None and not jnp.issubdtype(tensor.dtype, jnp.floating):
             lines.append(f"{name} holds {tensor.dtype}, needs floats")
     return lines

@@ -2,12 +2,14 @@
 
 A native folder holds model.safetensors (the leaves under their own paths; sharded where large), spec.json (everything
 the model is), hf_config.json (the HF config it came with), and the tokenizer and generation files as they were.
+Quantised weights lie there as they are; on the way to Hugging Face's format they become floats again.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +27,8 @@ from jaxpaged.convert.safetensors_reader import inside
 from jaxpaged.convert.safetensors_writer import MAX_SHARD_BYTES, write_folder
 from jaxpaged.convert.stored_tensor import Array
 from jaxpaged.errors import CheckpointError
-from jaxpaged.model.params import Params, check_params, flatten, num_params, param_specs
+from jaxpaged.model.params import Params, check_params, flatten, in_floats, param_specs
+from jaxpaged.model.quantized import Quantized, dequantize
 from jaxpaged.model.spec import Decoder, to_json
 
 SIDE_FILES = (
@@ -52,15 +55,27 @@ def write_native(
     progress: Progress,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Fill `folder` with the checkpoint in our own format."""
-    specs = dict(flatten(param_specs(recipe.spec)))
-    shapes = {path: specs[path].shape for rule in recipe.rules for path in rule.paths}
-    tensors, dtypes = leaves(checkpoint, recipe, dtype), leaf_dtypes(recipe.spec, dtype)
-    metadata = {"format": "jaxpaged"}
+    """Fill `folder` with the checkpoint in our own format, floats as `dtype`."""
+    shapes, dtypes = native_shapes(recipe), leaf_dtypes(recipe.spec, dtype)
+    tensors, metadata = leaves(checkpoint, recipe, dtype), {"format": "jaxpaged"}
     write_folder(folder, shapes, dtypes, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
     (folder / SPEC).write_text(to_json(recipe.spec), encoding="utf-8")
     _write_json(folder / HF_CONFIG, text_config(checkpoint.config))
     _copy_side_files(checkpoint, folder)
+
+
+def native_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """The tensors of a native folder, in the order in which `leaves` gives them."""
+    specs = dict(flatten(param_specs(recipe.spec)))
+    stored = [path for rule in recipe.rules for path in rule.paths]
+    paths = [name for path in stored for name in (path, f"{path}.values", f"{path}.scale") if name in specs]
+    return {path: specs[path].shape for path in paths}
+
+
+def stored_bytes(spec: Decoder, dtype: np.dtype[Any]) -> int:
+    """Bytes of a native folder's tensors, floats as `dtype`."""
+    dtypes = leaf_dtypes(spec, dtype)
+    return sum(math.prod(leaf.shape) * dtypes[path].itemsize for path, leaf in flatten(param_specs(spec)))
 
 
 def write_hf(
@@ -71,21 +86,22 @@ def write_hf(
     progress: Progress,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Fill `folder` with the checkpoint as transformers reads it."""
+    """Fill `folder` with the checkpoint as transformers reads it, quantised weights as floats."""
     if not checkpoint.config:
         raise CheckpointError(
             f"{checkpoint.path} has no {HF_CONFIG}, which the way back needs; convert the original again"
         )
     config = text_config(checkpoint.config)
     family = family_of(config)
-    if family.spec(config) != recipe.spec:
+    spec = in_floats(recipe.spec)
+    if family.spec(config) != spec:
         raise CheckpointError(
             f"{checkpoint.path}: {HF_CONFIG} and {SPEC} describe different models; convert the original again"
         )
-    rules = family.rules(recipe.spec, ())
-    shapes = hf_shapes(rules, recipe.spec)
+    rules = family.rules(spec, ())
+    shapes = hf_shapes(rules, spec)
     tensors = store_tensors(rules, _LeafReader(checkpoint, recipe).read)
-    own = leaf_dtypes(recipe.spec, dtype)
+    own = leaf_dtypes(spec, dtype)
     dtypes = {name: own[rule.paths[0]] for rule in rules for name in rule.sources}
     metadata = {"format": "pt"}  # transformers before version 5 refuses a file without it
     write_folder(folder, shapes, dtypes, tensors, metadata=metadata, progress=progress, max_shard_bytes=max_shard_bytes)
@@ -101,15 +117,16 @@ def save_params(path: str | Path, spec: Decoder, params: Params) -> None:
     """
     if problems := check_params(spec, params):
         raise CheckpointError(f"the params do not fit the spec: {problems[0]} ({len(problems):,} misfits in all)")
-    given = dict(flatten(params))
-    dtype = np.dtype(max(given.values(), key=lambda leaf: leaf.size).dtype)
-    num_bytes = num_params(spec) * dtype.itemsize
+    given, specs = dict(flatten(params)), dict(flatten(param_specs(spec)))
+    floats = (leaf for path, leaf in given.items() if specs[path].dtype is None)
+    dtype = np.dtype(max(floats, key=lambda leaf: leaf.size).dtype)
+    dtypes, num_bytes = leaf_dtypes(spec, dtype), stored_bytes(spec, dtype)
     final = Path(path).expanduser()
     with new_folder(final, None, num_bytes=num_bytes, overwrite=False) as folder:
         write_folder(
             folder,
             {name: leaf.shape for name, leaf in given.items()},
-            leaf_dtypes(spec, dtype),
+            dtypes,
             ((name, np.asarray(leaf)) for name, leaf in given.items()),
             metadata={"format": "jaxpaged"},
             progress=lambda num_bytes: None,
@@ -118,7 +135,7 @@ def save_params(path: str | Path, spec: Decoder, params: Params) -> None:
 
 
 class _LeafReader:
-    """Leaves by path, whatever the checkpoint's format; those of one tensor are kept together, and only them."""
+    """Leaves by path, in floats, whatever the checkpoint's format; those of one tensor are kept together, no others."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe):
         self.checkpoint = checkpoint
@@ -126,6 +143,10 @@ class _LeafReader:
         self.kept: dict[str, Array] = {}
 
     def read(self, path: str) -> Array:
+        if f"{path}.values" in self.rules:
+            values, scale = (self.read(f"{path}.{part}") for part in Quantized._fields)
+            floats: Array = dequantize(Quantized(values, scale), np.float32)
+            return floats
         if path not in self.kept:
             self.kept = dict(load_leaves([self.rules[path]], self.checkpoint.read))
         return self.kept[path]

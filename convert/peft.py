@@ -22,6 +22,7 @@ from jaxpaged.convert.safetensors_reader import parse_json, read_file
 from jaxpaged.convert.stored_tensor import Array, StoredTensor
 from jaxpaged.errors import CheckpointError
 from jaxpaged.model.lora import Adapter, Factors, adaptable
+from jaxpaged.model.params import in_floats
 from jaxpaged.model.spec import Decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -101,7 +102,7 @@ def _targets(spec: Decoder, config: Mapping[str, Any]) -> dict[str, list[_Target
     """HF module -> our linears that are parts of it."""
     weights = {f"{path}.w": path for path in adaptable(spec)}
     found: dict[str, list[_Target]] = {}
-    for rule in family_of(config).rules(spec, ()):
+    for rule in family_of(config).rules(in_floats(spec), ()):
         parts = zip(rule.paths, rule.parts or (), strict=False)
         targets = [_Target(weights[path], part) for path, part in parts if path in weights and isinstance(part, Part)]
         if len(targets) == len(rule.paths) and not rule.stacks:

@@ -103,8 +103,8 @@ class StoredTensor(NamedTuple):
         column_of = np.searchsorted(blocks, last // self.block.size) * self.block.size + last % self.block.size
         raw = self._bytes(self._runs(rows, blocks), len(rows) * len(blocks) * self.block.nbytes)
         part = self.decode(raw).reshape(len(rows), len(blocks) * self.block.size)
-        part = part if _is_all(row_of, part.shape[0]) else part[row_of]
-        part = part if _is_all(column_of, part.shape[1]) else part[:, column_of]
+        part = part if is_all(row_of, part.shape[0]) else part[row_of]
+        part = part if is_all(column_of, part.shape[1]) else part[:, column_of]
         part = self.undo.numbers(part) if self.undo.numbers else part
         part = part.reshape([len(i) for i in at])
         part = part.T if self.undo.turned else part
@@ -165,7 +165,8 @@ def _together(numbers: Indices) -> Iterator[tuple[int, int]]:
             yield int(run[0]), len(run)
 
 
-def _is_all(index: Indices, size: int) -> bool:
+def is_all(index: Indices, size: int) -> bool:
+    """Whether these are all elements of an axis, in order."""
     return len(index) == size and bool((index == np.arange(size)).all())
 
 

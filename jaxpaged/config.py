@@ -12,6 +12,7 @@ from jaxpaged.settings import Settings
 from jaxpaged.speculative_config import SpeculativeConfig
 
 CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8", "fp8_e4m3"]
+Quantization = Literal["int8", "fp8", "int4"]
 AttentionBackend = Literal["auto", "reference", "triton", "mosaic"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -42,6 +43,7 @@ class EngineConfig(Settings):
     max_num_partial_prefills      most prompts under way that need another step; None: no limit
     max_num_queued_requests       most requests that wait, preempted ones included; None: no limit
     seed                          for requests that bring none
+    quantization                  8 or 4 bits for the weights of products, of floats in memory or as they are loaded
     cache_dtype                   of the pool; auto: the weights' dtype, on CPUs float32; fp8 is fp8_e4m3
     attention_backend             auto: the kernels that fit the device, else plain jnp, which is "reference"
     enable_lora                   serve LoRA adapters beside the model: requests name theirs
@@ -72,6 +74,7 @@ class EngineConfig(Settings):
     max_num_partial_prefills: int | None = None
     max_num_queued_requests: int | None = None
     seed: int = 0
+    quantization: Quantization | None = None
     cache_dtype: CacheDtype = "auto"
     attention_backend: AttentionBackend = "auto"
     enable_lora: bool = False
@@ -119,6 +122,8 @@ class EngineConfig(Settings):
             )
         if self.page_size & (self.page_size - 1):
             raise ConfigError(f"page_size is {self.page_size:,}; it must be a power of two, such as 16")
+        if self.quantization is not None:
+            self._check_choice("quantization", Quantization)
         self._check_choice("cache_dtype", CacheDtype)
         self._check_choice("attention_backend", AttentionBackend)
         self._check_choice("scheduling_policy", SchedulingPolicy)

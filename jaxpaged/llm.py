@@ -81,7 +81,8 @@ class LLM:
             spec, params = _load_orbax(model, dtype, placement)
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         else:
-            loaded = load(model, dtype=dtype, put_for=placement.put_for if placement is not None else None)
+            put_for = placement.put_for if placement is not None else None
+            loaded = load(model, dtype=dtype, quantization=config.quantization, put_for=put_for)
             spec, params = loaded.spec, loaded.params
             eos_token_ids = _eos_of(loaded.config)
             read = partial(read_adapter, spec=spec, config=loaded.config) if loaded.config else None

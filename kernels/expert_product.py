@@ -2,6 +2,7 @@
 
     rows [N, B, M]     N blocks of B rows each, of one expert       experts [N]    whose
     weights [E, M, F]                                               num_used       blocks that count; they come first
+    scale [E, 1, F] or None    of weights in 8 bits, a scale for each column, which the product's sums are multiplied by
 
 Backends: "reference" is a loop over the blocks in jnp and runs everywhere; "triton" is a Pallas kernel for NVIDIA GPUs
 from A100 on, which does all blocks in one launch and reads each expert's matrix where it lies; "auto" is triton on
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxpaged.kernels.backend import Backend, choose
 from jaxpaged.kernels.forward_only import forward_only
@@ -32,9 +33,10 @@ def block_rows(num_rows: int, num_experts: int, backend: Backend = "auto") -> in
 
 def expert_product(
     rows: Float[Array, "N B M"],
-    weights: Float[Array, "E M F"],
+    weights: Shaped[Array, "E M F"],
     experts: Int[Array, " N"],
     num_used: Int[Array, ""],
+    scale: Float[Array, "E 1 F"] | None = None,
     *,
     backend: Backend = "auto",
     interpret: bool = False,
@@ -43,7 +45,7 @@ def expert_product(
     num_warps: int = 4,
     num_stages: int = 4,
 ) -> Float[Array, "N B F"]:
-    """rows[n] @ weights[experts[n]] of the first `num_used` blocks; the others may hold anything.
+    """rows[n] @ weights[experts[n]] * scale[experts[n]] of the first `num_used` blocks; the others may hold anything.
 
     Sums are float32. `block_k` and `block_f`, powers of two, cut the kernel's work. The gradient is refused.
     """
@@ -55,14 +57,22 @@ def expert_product(
             if size < 16 or size & (size - 1):
                 raise ValueError(f"{name}: {size}; it must be a power of two and at least 16")
 
-    def op(rows: Array, weights: Array, experts: Array, num_used: Array) -> Array:
+    def op(rows: Array, weights: Array, experts: Array, num_used: Array, *scale: Array) -> Array:
         if backend == "reference":
-            return _reference(rows, weights, experts, num_used)
+            return _reference(rows, weights, experts, num_used, *scale)
         from jaxpaged.kernels import triton_expert_product  # Pallas is slow to import
 
         tile = triton_expert_product.Tile(rows.shape[1], block_k, block_f)
         return triton_expert_product.expert_product(
-            rows, weights, experts, num_used, tile, num_warps=num_warps, num_stages=num_stages, interpret=interpret
+            rows,
+            weights,
+            experts,
+            num_used,
+            *scale,
+            tile=tile,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            interpret=interpret,
         )
 
     guarded = forward_only(
@@ -70,18 +80,23 @@ def expert_product(
         "the product of chosen experts has no gradient; differentiate the sum over all experts instead: "
         "jaxpaged.model.moe.every_expert, jaxpaged.model.decoder.apply",
     )
-    product: Array = guarded(rows, weights, experts, num_used)
+    product: Array = guarded(rows, weights, experts, num_used, *(() if scale is None else (scale,)))
     return product
 
 
 def _reference(
-    rows: Float[Array, "N B M"], weights: Float[Array, "E M F"], experts: Int[Array, " N"], num_used: Int[Array, ""]
+    rows: Float[Array, "N B M"],
+    weights: Shaped[Array, "E M F"],
+    experts: Int[Array, " N"],
+    num_used: Int[Array, ""],
+    scale: Float[Array, "E 1 F"] | None = None,
 ) -> Float[Array, "N B F"]:
     def one(index: Array, out: Array) -> Array:
-        product = jnp.matmul(rows[index], weights[experts[index]], preferred_element_type=jnp.float32)
-        return out.at[index].set(
-            product.astype(out.dtype)
-        )  # bfloat16 asked for, XLA on CPU is slow: see model/linear.py
+        x, expert = rows[index], experts[index]
+        # Asked for bfloat16, XLA on CPU is slow: see model/linear.py.
+        y = jnp.matmul(x, weights[expert].astype(x.dtype), preferred_element_type=jnp.float32)
+        y = y if scale is None else y * scale[expert]
+        return out.at[index].set(y.astype(x.dtype))
 
     out: Array = lax.fori_loop(0, num_used, one, jnp.zeros((*rows.shape[:2], weights.shape[2]), rows.dtype))
     return out

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 _WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -29,32 +29,36 @@ class Tile(NamedTuple):
 
 def expert_product(
     rows: Float[Array, "N B M"],
-    weights: Float[Array, "E M F"],
+    weights: Shaped[Array, "E M F"],
     experts: Int[Array, " N"],
     num_used: Int[Array, ""],
-    tile: Tile,
+    scale: Float[Array, "E 1 F"] | None = None,
     *,
+    tile: Tile,
     num_warps: int,
     num_stages: int,
     interpret: bool,
 ) -> Float[Array, "N B F"]:
-    """rows[n] @ weights[experts[n]] of the first `num_used` blocks; nothing is written for the others."""
+    """rows[n] @ weights[experts[n]], times its scale, of the first `num_used` blocks; nothing is written for others."""
     num_blocks, _, _ = rows.shape
     columns = weights.shape[2]
+    used = jnp.where(jnp.arange(num_blocks, dtype=jnp.int32) < num_used, experts, -1)
+    given = (rows, weights, used) if scale is None else (rows, weights, used, scale)
     out: Array = pl.pallas_call(
         functools.partial(_kernel, tile=tile),
         grid=(num_blocks, pl.cdiv(columns, tile.block_f)),
-        in_specs=[_WHOLE] * 3,
+        in_specs=[_WHOLE] * len(given),
         out_specs=_WHOLE,
         out_shape=jax.ShapeDtypeStruct((*rows.shape[:2], columns), rows.dtype),
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
         name="expert_product",
-    )(rows, weights, jnp.where(jnp.arange(num_blocks, dtype=jnp.int32) < num_used, experts, -1))
+    )(*given)
     return out
 
 
-def _kernel(rows: Any, weights: Any, experts: Any, out: Any, *, tile: Tile) -> None:
+def _kernel(rows: Any, weights: Any, experts: Any, *scale_and_out: Any, tile: Tile) -> None:
+    *scale, out = scale_and_out
     block, column = pl.program_id(0), pl.program_id(1)
     expert = plt.load(experts.at[block])
 
@@ -66,11 +70,13 @@ def _kernel(rows: Any, weights: Any, experts: Any, out: Any, *, tile: Tile) -> N
         def add(turn: Array, total: Array) -> Array:
             k = turn * tile.block_k + jnp.arange(tile.block_k, dtype=jnp.int32)
             x, w = _load(rows, block, row, k[None]), _load(weights, expert, k[:, None], f)
-            more: Array = plt.dot(x, w, allow_tf32=False if x.dtype == jnp.float32 else None)
+            more: Array = plt.dot(x, w.astype(x.dtype), allow_tf32=False if x.dtype == jnp.float32 else None)
             return total + more
 
         total = jnp.zeros((tile.rows, tile.block_f), jnp.float32)
         total = lax.fori_loop(0, pl.cdiv(weights.shape[1], tile.block_k), add, total)
+        for ref in scale:
+            total = total * _load(ref, expert, jnp.zeros((1, 1), jnp.int32), f)
         plt.store(out.at[block, row, f], total.astype(out.dtype), mask=_is_inside(out, row, f))
 
 

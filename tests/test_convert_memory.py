@@ -42,6 +42,14 @@ before = peak()
 params = load(sys.argv[1], dtype=sys.argv[3]).params
 print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
+QUANTISE = """
+import jax
+from jaxpaged.convert.load import load
+jax.device_put(0).block_until_ready()
+before = peak()
+params = load(sys.argv[1], quantization=sys.argv[3]).params
+print(peak() - before, 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
 CONVERT = """
 from jaxpaged.convert.__main__ import convert
 before = peak()
@@ -83,6 +91,11 @@ def peak_over_size(program: str, *args: str) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_the_weights_and_little_more(folder: Path, dtype: str) -> None:
     assert 0.8 < peak_over_size(LOAD, str(folder), "", dtype) < 1.15
+
+
+def test_quantising_makes_no_floats_of_a_whole_model(folder: Path) -> None:
+    """`peak_over_size` wants a model of 150 MB: of half a one, less than 0.65 is less than 1.3."""
+    assert 0.4 < peak_over_size(QUANTISE, str(folder), "", "int8") < 0.65
 
 
 @pytest.mark.parametrize("target", ["native", "hf"])

@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "jaxpaged.model": ("jaxpaged.model", "jaxpaged.kernels", "jaxpaged.errors"),
     "jaxpaged.functional": ("jaxpaged.model", "jaxpaged.kernels", "jaxpaged.errors"),
     "jaxpaged.convert": (
-        *("jaxpaged.convert", "jaxpaged.model.spec", "jaxpaged.model.params", "jaxpaged.model.lora", "jaxpaged.errors"),
+        *("jaxpaged.convert", "jaxpaged.errors", "jaxpaged.model.spec", "jaxpaged.model.params"),
+        *("jaxpaged.model.lora", "jaxpaged.model.quantized"),
     ),
     "jaxpaged.convert.__main__": ("jaxpaged",),
     "jaxpaged.engine": ("jaxpaged.engine", "jaxpaged.model", "jaxpaged.kernels", *WORDS),

@@ -42,6 +42,21 @@ def test_the_kernel_multiplies_as_the_reference_does(name, dtype):
         np.testing.assert_allclose(found[:used].astype(jnp.float32), plain[:used], **tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["some unused, experts again and again", "widths that no tile divides"])
+def test_weights_in_8_bits_are_multiplied_and_then_scaled(name, dtype):
+    blocks, size, width, num_experts, columns, experts, used = UGLY[name]
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows = jax.random.normal(keys[0], (blocks, size, width))
+    weights = jax.random.randint(keys[1], (num_experts, width, columns), -100, 100).astype(dtype)
+    scale = jax.random.uniform(keys[2], (num_experts, 1, columns))
+    args = rows, weights, jnp.asarray(experts, jnp.int32), jnp.int32(used), scale
+    kernel = jax.jit(partial(expert_product, backend="triton", interpret=INTERPRET, block_k=32, block_f=16))
+    plain = jnp.einsum("nbm,nmf->nbf", rows, (weights.astype(jnp.float32) * scale)[args[2]])
+    for found in (kernel(*args), expert_product(*args, backend="reference")):
+        np.testing.assert_allclose(found[:used], plain[:used], rtol=1e-5, atol=1e-2)
+
+
 @pytest.mark.parametrize(("sizes", "message"), [({"block_k": 24}, "block_k: 24"), ({"block_f": 8}, "block_f: 8")])
 def test_tiles_that_cannot_be_compiled_are_refused(sizes, message):
     args = jnp.zeros((1, 16, 32)), jnp.zeros((1, 32, 16)), jnp.zeros(1, jnp.int32), jnp.int32(1)

@@ -63,15 +63,14 @@ def export(
     from jaxpaged.convert.__main__ import write_gguf_tokenizer  # only here: `--help` needs no jax
     from jaxpaged.convert.checkpoint import open_checkpoint
     from jaxpaged.convert.load import recipe_for, resolve_dtype
-    from jaxpaged.convert.native import new_folder, write_native
+    from jaxpaged.convert.native import new_folder, stored_bytes, write_native
     from jaxpaged.engine import exports
-    from jaxpaged.model.params import num_params
 
     checkpoint = open_checkpoint(model)
-    recipe = recipe_for(checkpoint)
+    recipe = recipe_for(checkpoint, config.quantization)
     target = resolve_dtype(dtype, checkpoint.dtype)
     final = Path(destination).expanduser()
-    size = num_params(recipe.spec) * target.itemsize
+    size = stored_bytes(recipe.spec, target)
     with new_folder(final, checkpoint.path, num_bytes=size, overwrite=overwrite) as folder:
         more: dict[str, Any] = {"gpu": gpu, "show_progress": show_progress}
         count = exports.write(folder, recipe.spec, target, config, platforms, **more)

@@ -25,6 +25,7 @@ ALIASES = {
     "memory_utilization": "--gpu-memory-utilization",
     "page_size": "--block-size",
     "cache_dtype": "--kv-cache-dtype",
+    "quantization": "-q",
     "max_num_queued_requests": "--max-num-queued-reqs",
     "tensor_parallel_size": "-tp",
     "data_parallel_size": "-dp",
@@ -44,7 +45,6 @@ INSTEAD = {
     "--disable-log-requests": "requests are logged with --enable-log-requests only; leave it out",
     "--disable-log-stats": "an idle server logs nothing; leave it out",
     "--swap-space": "pages are kept on the host with --host-cache-gb",
-    "--quantization": "weights are dequantised as they are loaded; leave it out",
     "--load-format": "the format is told by the files; leave it out",
     "--root-path": "it is served below any path; have the proxy take the path off",
 }

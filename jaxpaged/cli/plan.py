@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ENGINE_FIELDS = (
     *("tensor_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size", "memory_utilization"),
-    *("page_size", "num_pages", "max_model_len", "max_num_seqs", "cache_dtype"),
+    *("page_size", "num_pages", "max_model_len", "max_num_seqs", "quantization", "cache_dtype"),
     *("enable_lora", "max_loras", "max_lora_rank"),
 )
 _UNITS = {"": 1} | {f"{p}{b}": n**i for b, n in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", 1)}
@@ -93,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
 
     split, stages = config.prefill_context_parallel_size, config.pipeline_parallel_size
     more = (f", in {stages:,} stages" if stages > 1 else "") + (f", prompts split over {split:,}" if split > 1 else "")
-    print(f"{args.model}, weights of {dtype}, on {args.devices:,} devices of {_size(memory)}{more}")
+    held = spec.quantization.dtype if spec.quantization else config.quantization
+    of = f"{held} and {dtype}" if held else dtype
+    print(f"{args.model}, weights of {of}, on {args.devices:,} devices of {_size(memory)}{more}")
     if len(splits) == 1 and fitting:
         print(_details(*fitting[0], speeds))
     elif fitting:

@@ -38,7 +38,7 @@ from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import AsleepError, ConfigError, QueueFullError, RequestError
 from jaxpaged.lora_request import LoRARequest
 from jaxpaged.model import lora
-from jaxpaged.model.params import Params
+from jaxpaged.model.params import Params, quantize_params, quantized_as
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
 from jaxpaged.outputs import Pooling, RequestOutput
@@ -72,6 +72,8 @@ class Engine:
         `engine.exports`. `read_adapter` reads the folders of adapters, whose names are the checkpoint's.
         """
         self.config = config or EngineConfig()
+        if (wanted := quantized_as(spec, self.config.quantization)) != spec:
+            spec, params = wanted, quantize_params(params, wanted)
         self.spec = spec
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids) | (tokenizer.eos_token_ids if tokenizer else frozenset())

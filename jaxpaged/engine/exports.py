@@ -28,7 +28,8 @@ from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.kernels.tiles import current_device
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import sampling, step
-from jaxpaged.model.params import map_specs
+from jaxpaged.model.params import map_specs, quantized_as
+from jaxpaged.model.quantized import Quantized
 from jaxpaged.model.spec import Decoder
 
 MANIFEST = "export.json"
@@ -102,6 +103,7 @@ def write(
     if config.speculation is not None and config.speculation.method != "ngram":
         raise ConfigError("speculative_config.method is a function, which cannot be written down; export with ngram")
     _register()
+    spec = quantized_as(spec, config.quantization)
     params = map_specs(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype or dtype), spec)
     count = 0
     devices: dict[str, Any] = {}
@@ -208,6 +210,7 @@ def as_if_on(platform: str, gpu: str | None) -> AbstractContextManager[Any]:
 def _register() -> None:
     """Tell jax.export, once, how to write down the trees that the functions take and give."""
     named = (
+        Quantized,
         kv_cache.Pool,
         step.StepInputs,
         step.ForwardOutputs,

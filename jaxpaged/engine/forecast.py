@@ -22,7 +22,7 @@ from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.cache import KVCache, cache_shapes, pool_dtype
 from jaxpaged.model.lora import stack_shapes
-from jaxpaged.model.params import flatten, param_specs
+from jaxpaged.model.params import flatten, leaf_bytes, param_specs, quantized_as
 from jaxpaged.model.sharding import Placement, ShardingRules, mesh_axes
 from jaxpaged.model.spec import Attention, Decoder, LatentAttention, Moe
 from jaxpaged.model.stages import Stage, holders, make_stages
@@ -73,6 +73,14 @@ class DecodeStep(NamedTuple):
         return max(computing, reading) + links
 
 
+class _Part(NamedTuple):
+    """A device's part of a leaf."""
+
+    path: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
 class Forecaster:
     """A model on the devices of one data shard of `config`. Raises ConfigError where they cannot share it."""
 
@@ -82,7 +90,7 @@ class Forecaster:
         sizes = config.tensor_parallel_size, 1, config.prefill_context_parallel_size, config.pipeline_parallel_size
         rules, axes = mesh_axes(*sizes, rules)
         self.placement = Placement(AbstractMesh(tuple(axes.values()), tuple(axes)), rules)
-        self.spec = self.placement.fit(spec)
+        self.spec = self.placement.fit(quantized_as(spec, config.quantization))
         if config.enable_lora and self.placement.mesh.size > 1:
             raise ConfigError("enable_lora does not work on a mesh of several devices yet; leave out one of them")
         self.stages = make_stages(len(spec.blocks), config.pipeline_parallel_size)
@@ -142,9 +150,9 @@ class Forecaster:
 
     def _decode_step(self, stage: Stage, num_seqs: int, context_len: int) -> DecodeStep:
         weights = self._weights(stage)
-        products = [shape for path, shape in weights if len(shape) > 1 and self._is_multiplied(path, stage)]
-        vectors = [shape for _, shape in weights if len(shape) == 1]
-        flops = 2 * num_seqs * sum(math.prod(shape) for shape in products)
+        read = [w for w in weights if self._is_multiplied(w.path, stage)]
+        products = [w.shape for w in read if len(w.shape) > 1 and not w.path.endswith(".scale")]
+        flops = 2 * num_seqs * sum(map(math.prod, products))
         experts_flops, experts_read = self._experts(weights, num_seqs, stage)
         parts = self.placement.num_shards("sequence")
         kv_bytes = gathered = 0
@@ -163,38 +171,36 @@ class Forecaster:
             kv_bytes += num_seqs * seen * _bytes(pool) // self.config.page_size
         mixtures = [block.ffn for block in blocks if isinstance(block.ffn, Moe)]
         dense = len(blocks) - len(mixtures) + sum(moe.shared is not None for moe in mixtures)
-        sums: list[tuple[tuple[str, ...], int, int]]
-        sums = [(("heads",), len(blocks), self.spec.dim), (("ffn",), dense, self.spec.dim)]
-        sums += [(("experts", "expert_ffn"), len(mixtures), self.spec.dim)]
-        sums += [(("vocab",), 1, self.spec.embed_dim)] if stage.is_first else []
-        cut = [(math.prod(map(self.placement.num_shards, axes)), count, width) for axes, count, width in sums if count]
+        sums: list[tuple[tuple[str, ...], int, int]]  # cut along these axes, how many, bytes of each
         row = num_seqs * self.dtype.itemsize
-        handed_on = 0 if stage.is_last else self.spec.dim * row
+        how, width = self.spec.quantization, self.spec.dim * row
+        scaled = width if how is None or how.group_size else self.spec.dim * num_seqs * 4  # summed before its scale
+        sums = [(("heads",), len(blocks), scaled), (("ffn",), dense, scaled)]
+        sums += [(("experts", "expert_ffn"), len(mixtures), width)]
+        sums += [(("vocab",), 1, self.spec.embed_dim * row)] if stage.is_first else []
+        cut = [(math.prod(map(self.placement.num_shards, axes)), count, size) for axes, count, size in sums if count]
+        handed_on = 0 if stage.is_last else width
         return DecodeStep(
             num_seqs=num_seqs,
             context_len=context_len,
             flops=flops + experts_flops,
-            weight_bytes=stage.count
-            * (sum(map(math.prod, (*products, *vectors))) + experts_read)
-            * self.dtype.itemsize,
+            weight_bytes=stage.count * (sum(w.nbytes for w in read) + experts_read),
             kv_bytes=kv_bytes,
             num_sums=stage.count * sum(count for n, count, _ in cut if n > 1),
-            sum_bytes=max((width * row // stage.count for n, _, width in cut if n > 1), default=0),
-            link_bytes=sum(count * 2 * (n - 1) * width * row // n for n, count, width in cut)
-            + gathered * row
-            + handed_on,
+            sum_bytes=max((size // stage.count for n, _, size in cut if n > 1), default=0),
+            link_bytes=sum(count * 2 * (n - 1) * size // n for n, count, size in cut) + gathered * row + handed_on,
         )
 
-    def _experts(self, weights: Sequence[tuple[str, tuple[int, ...]]], num_seqs: int, stage: Stage) -> tuple[int, int]:
-        """Flops of a step's experts, and how many of their weights a group of sequences reads, if all experts are as
-        likely as each other: E experts of which a token has K are E (1 - (1 - K / E) ** tokens) different ones.
+    def _experts(self, weights: Sequence[_Part], num_seqs: int, stage: Stage) -> tuple[int, int]:
+        """Flops of a step's experts, and the bytes of their weights that a group of sequences reads, if all experts are
+        as likely as each other: E experts of which a token has K are E (1 - (1 - K / E) ** tokens) different ones.
         """
         flops = read = 0.0
-        for path, shape in weights:
+        for path, shape, nbytes in weights:
             if ".experts." in path and isinstance(moe := self.spec.blocks[int(path.split(".")[1])].ffn, Moe):
                 chosen = moe.top_k / moe.experts
-                flops += 2 * num_seqs * chosen * math.prod(shape)
-                read += math.prod(shape) * (1 - (1 - chosen) ** (num_seqs / stage.count))
+                flops += 0 if path.endswith(".scale") else 2 * num_seqs * chosen * math.prod(shape)
+                read += nbytes * (1 - (1 - chosen) ** (num_seqs / stage.count))
         return round(flops), round(read)
 
     def weight_bytes(self) -> int:
@@ -214,16 +220,18 @@ class Forecaster:
         return max(self._pool_bytes(stage, num_pages) for stage in self.stages)
 
     def _weight_bytes(self, stage: Stage) -> int:
-        return sum(math.prod(shape) for _, shape in self._weights(stage)) * int(self.dtype.itemsize)
+        return sum(part.nbytes for part in self._weights(stage))
 
     def _pool_bytes(self, stage: Stage, num_pages: int) -> int:
         return _bytes(self._cache(stage, num_pages))
 
-    def _weights(self, stage: Stage) -> list[tuple[str, tuple[int, ...]]]:
-        """Each leaf's path, and the shape of a device's part."""
+    def _weights(self, stage: Stage) -> list[_Part]:
+        """What a device of the stage holds of each leaf."""
         found = flatten(param_specs(self.spec))
         own = [(path, leaf) for path, leaf in found if stage.index in holders(path, self.spec, self.stages)]
-        return [(path, self.placement.sharding(*leaf.axes).shard_shape(leaf.shape)) for path, leaf in own]
+        shapes = [self.placement.sharding(*leaf.axes).shard_shape(leaf.shape) for _, leaf in own]
+        sizes = [leaf_bytes(shape, leaf.dtype or self.dtype) for shape, (_, leaf) in zip(shapes, own, strict=True)]
+        return [_Part(path, shape, size) for (path, _), shape, size in zip(own, shapes, sizes, strict=True)]
 
     def _is_multiplied(self, path: str, stage: Stage) -> bool:
         """Whether a step reads all of a matrix, not only rows or some experts."""

@@ -53,7 +53,7 @@ from jaxpaged.model.cache import (
     pool_dtype,
 )
 from jaxpaged.model.lora import Factors, stack_shapes
-from jaxpaged.model.params import Params, ParamSpec, check_params, flatten
+from jaxpaged.model.params import Params, ParamSpec, check_params, flatten, is_quantized, quantize_params
 from jaxpaged.model.sampling import Logprobs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
@@ -207,7 +207,8 @@ class Runner:
         return _is_real(self.params)
 
     def update_params(self, params: Params, problem: str | None = None) -> None:
-        """Use other weights from the next step on; ConfigError, and no change, where they do not fit.
+        """Use other weights from the next step on; ConfigError, and no change, where they do not fit. Floats are
+        quantised where the engine's weights are.
 
         Over several processes all call this, outside `follow`, and it fails in all where it does in one, or where its
         caller has a `problem` in one.
@@ -217,6 +218,7 @@ class Runner:
         elif problem is not None:
             raise ConfigError(problem)
         with self._guard():
+            params = self._quantized(params)
             if self.placement is not None and not check_params(self._asked, params):
                 params = self.placement.place(params, self._asked)
             params = self._layout.fit(params, self.spec)
@@ -373,7 +375,7 @@ class Runner:
         """Why `update_params` cannot take these, told by their shapes alone: to move them takes all processes."""
         try:
             check_alive(params)
-            given = jax.tree.map(shape_of, params)
+            given = self._quantized(jax.tree.map(shape_of, params))
             if self.placement is not None and not check_params(self._asked, params):
                 given = self.placement.place(given, self._asked)
             self._layout.check(given, self.spec)
@@ -383,12 +385,20 @@ class Runner:
             return str(error)
         return None
 
+    def _quantized(self, params: Params) -> Params:
+        """New weights as the engine has them: where it has them quantised and these are floats, they are quantised."""
+        if self.spec.quantization is None or is_quantized(params):
+            return params
+        check_alive(params)
+        return quantize_params(params, self._asked)
+
     def _check_stages(self, params: Params) -> None:
         """Raise ConfigError where weights would have to move to the devices of their stage from those of others."""
         places = dict(flatten(self.params))
         for path, leaf in flatten(params):
             is_shared = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-            if is_shared and leaf.sharding.device_set != places[path].sharding.device_set:
+            place = places.get(path) or places[f"{path}.values"]
+            if is_shared and leaf.sharding.device_set != place.sharding.device_set:
                 raise ConfigError(
                     f"{path} lies on other devices than its pipeline stage, and does not move between processes yet; "
                     "give it the sharding that it has in engine.params, or the host's array"

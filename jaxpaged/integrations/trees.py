@@ -16,7 +16,7 @@ import jax
 from jaxpaged.convert.families import FAMILIES
 from jaxpaged.convert.rules import Rule, hf_shapes, load_leaves, store_tensors
 from jaxpaged.errors import ConfigError
-from jaxpaged.model.params import Params, check_params, flatten, map_specs, param_specs
+from jaxpaged.model.params import Params, check_params, flatten, in_floats, map_specs, param_specs
 from jaxpaged.model.spec import Decoder
 
 _WRAPPERS = ("params.", "raw_value", "value")
@@ -30,6 +30,7 @@ def to_params(tree: Any, spec: Decoder, family: str | None = None) -> Params:
     that lists what is missing, left over or of another shape.
     """
     named = {_plain(name): leaf for name, leaf in _named(tree)}
+    spec = spec if any(name.endswith(".w.values") for name in named) else in_floats(spec)
     ours = dict(flatten(param_specs(spec)))
     if family is None:
         _check(f"names that are ours{_hint(named)}", _misfits({p: s.shape for p, s in ours.items()}, _shapes(named)))

@@ -10,10 +10,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxpaged.model.lora import LowRank
+from jaxpaged.model.quantized import Quantized, quantized_product
 
 
 def linear(x: Float[Array, "T M"], p: Mapping[str, Any]) -> Float[Array, "T F"]:
-    """`p` is {"w": [M, F]} with or without {"b": [F]} and {"lora": LowRank}."""
+    """`p` is {"w": [M, F], quantised or not} with or without {"b": [F]} and {"lora": LowRank}."""
     y = product(x, p["w"])
     if "lora" in p:
         y = y + low_rank(x, p["lora"])
@@ -28,8 +29,10 @@ def low_rank(x: Float[Array, "T M"], lora: LowRank) -> Float[Array, "T F"]:
     return product(y, lora.b.astype(x.dtype))
 
 
-def product(x: Float[Array, "T M"], w: Float[Array, "M F"]) -> Float[Array, "T F"]:
+def product(x: Float[Array, "T M"], w: Array | Quantized) -> Float[Array, "T F"]:
     """x @ w, summed in float32 and rounded once."""
+    if isinstance(w, Quantized):
+        return quantized_product(x, w)
     if x.dtype != jnp.bfloat16:
         return x @ w
     # Asked for bfloat16, XLA on CPU turns the weights into float32 first: 4 rows take 2.5 times as long, 512 twice. On

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpaged.model.params import Params, ParamSpec, param_specs
+from jaxpaged.model.params import Params, ParamSpec, in_floats, param_specs
 from jaxpaged.model.spec import Attention, Decoder
 
 _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -48,7 +48,7 @@ class LowRank(NamedTuple):
 
 def adaptable(spec: Decoder) -> dict[str, ParamSpec]:
     """The linears that can have adapters, each with its weight: those of attention and of every dense Mlp."""
-    return dict(_linears(param_specs(spec)["layers"], spec))
+    return dict(_linears(param_specs(in_floats(spec))["layers"], spec))
 
 
 def _linears(layers: Any, spec: Decoder) -> Iterator[tuple[str, ParamSpec]]:

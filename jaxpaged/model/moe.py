@@ -12,7 +12,6 @@ Where devices share the experts, or each expert's columns, every device adds up 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,8 @@ from jaxpaged.kernels.backend import Backend
 from jaxpaged.kernels.expert_product import block_rows, expert_product
 from jaxpaged.model.ffn import activation, feed_forward
 from jaxpaged.model.linear import linear
-from jaxpaged.model.params import expert_specs, is_param_spec
+from jaxpaged.model.params import expert_specs, is_param_spec, like
+from jaxpaged.model.quantized import Quantized
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import ExpertGroups, Moe
 
@@ -91,16 +91,15 @@ def chosen_experts(
     over_experts, over_columns = placement.axes("experts"), placement.axes("expert_ffn")
 
     def here(x: Array, routes: Routes, experts: Any) -> Array:
-        first = lax.axis_index(over_experts) * experts["up"]["w"].shape[0] if over_experts else 0
+        first = lax.axis_index(over_experts) * _count(experts) if over_experts else 0
         summed: Array = lax.psum(
             _sum_of_chosen(x, routes, experts, moe, backend, first), (*over_experts, *over_columns)
         )
         return summed
 
     cut = placement.partition(rows, None)
-    leaves = jax.tree.map(
-        lambda leaf: placement.partition(*leaf.axes), expert_specs(moe, x.shape[1]), is_leaf=is_param_spec
-    )
+    specs = like(expert_specs(moe, x.shape[1]), p["experts"])
+    leaves = jax.tree.map(lambda leaf: placement.partition(*leaf.axes), specs, is_leaf=is_param_spec)
     each = placement.on_each(
         lambda x, experts, weights, p: here(x, Routes(experts, weights), p),
         in_specs=(cut, cut, cut, leaves),
@@ -120,17 +119,27 @@ def _sum_of_chosen(
     x: Float[Array, "T M"], routes: Routes, experts: Any, moe: Moe, backend: Backend, first: Int[Array, ""] | int = 0
 ) -> Float[Array, "T M"]:
     """The weighted sum of those of the rows' experts that are in `experts`, `first` being the number of the first."""
-    num_pairs, num_experts = routes.experts.size, experts["up"]["w"].shape[0]
+    num_pairs, num_experts = routes.experts.size, _count(experts)
     size = block_rows(num_pairs, num_experts, backend)
     blocks = _make_blocks(routes.experts.reshape(-1) - first, num_experts, size)
     slots = jnp.zeros((blocks.experts.shape[0] * size, x.shape[1]), x.dtype)
     slots = slots.at[blocks.slots].set(jnp.repeat(x, moe.top_k, axis=0), mode="drop")
-    multiply = partial(expert_product, experts=blocks.experts, num_used=blocks.num_used, backend=backend)
+
+    def multiply(rows: Array, w: Array | Quantized) -> Array:
+        weights, scale = w if isinstance(w, Quantized) else (w, None)
+        return expert_product(rows, weights, blocks.experts, blocks.num_used, scale, backend=backend)
+
     rows = slots.reshape(-1, size, x.shape[1])
     hidden = activation(moe.act)(multiply(rows, experts["gate"]["w"])) * multiply(rows, experts["up"]["w"])
     out = multiply(hidden, experts["down"]["w"]).reshape(slots.shape)
     each = out.at[blocks.slots].get(mode="fill", fill_value=0).reshape(*routes.experts.shape, -1)  # [T, K, M]
     return (each.astype(jnp.float32) * routes.weights[:, :, None]).sum(1).astype(x.dtype)
+
+
+def _count(experts: Any) -> int:
+    """How many experts' weights there are."""
+    count: int = jax.tree.leaves(experts)[0].shape[0]
+    return count
 
 
 class _Blocks(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
 Residual = Literal["serial", "parallel", "parallel_one_norm", "sandwich", "post"]
+WeightDtype = Literal["int8", "fp8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -217,12 +218,23 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """Matrices that blocks multiply by, in 8 or 4 bits: with a scale for each column, or for each `group_size` rows of
+    one. `params.param_specs` says which matrices.
+    """
+
+    dtype: WeightDtype
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
 class Decoder:
     """A decoder-only language model.
 
     `dim` is the width M of the residual stream, `embed_dim` that of the embedding table (projections stand
     between where they differ), `max_positions` the longest sequence it was made for, `learned_positions` the
-    offset of position 0 in a learned table, `norm` the last norm (None for post-norm models).
+    offset of position 0 in a learned table, `norm` the last norm (None for post-norm models), `quantization` what the
+    weights are stored as (None: floats).
     """
 
     vocab_size: int
@@ -236,6 +248,7 @@ class Decoder:
     embed_scale: float = 1.0
     learned_positions: int | None = None
     logit_softcap: float | None = None
+    quantization: Quantization | None = None
 
     def apply(self, params: Any, tokens: Any, *, remat: bool = False) -> Any:
         """The model in training form: float32 logits [..., T, V] of whole sequences of token ids [..., T].
@@ -287,6 +300,7 @@ _NODES: dict[str, type] = {
         ExpertGroups,
         Moe,
         Block,
+        Quantization,
         Decoder,
     )
 }
