@@ -51,7 +51,8 @@ class RequestMetrics:
 class CompletionOutput:
     """One completion of a prompt. `stop_reason` is the stop string or stop token id that ended it, None for eos.
 
-    `weight_versions` says for each token how often `Engine.update_params` had been called when it was made.
+    `weight_versions` says for each token how often weights had been changed when it was made, by
+    `Engine.update_params` or an adapter's by `update_lora`.
     """
 
     index: int

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,6 +43,12 @@ class Adapter:
         return b"adapter " + self.version.to_bytes(8, "little")
 
 
+class Wants(Protocol):
+    """What there is to know of a sequence."""
+
+    adapter: Adapter | None
+
+
 class Adapters:
     """What `lora_request` may name. Without slots, nothing."""
 
@@ -60,13 +66,14 @@ class Adapters:
         self._known: dict[str, Adapter] = {}
         self._seated: list[Adapter] = []  # who has a slot, the one used last at the end
         self._loads: list[Adapter] = []
+        self._running: list[Collection[Wants]] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self._known
 
     def requests(self) -> list[LoRARequest]:
         """Those that are known, as `add` and `update` were told."""
-        return [adapter.request for adapter in self._known.values()]
+        return [adapter.request for adapter in list(self._known.values())]  # any thread may ask
 
     def find(self, wanted: LoRARequest | str | None) -> Adapter | None:
         """The adapter that a request wants; one that is not known is read now. None where it wants none.
@@ -127,12 +134,17 @@ class Adapters:
         self.find(name)
         del self._known[name]
 
-    def seat(self, adapter: Adapter, in_use: Collection[Adapter | None]) -> bool:
-        """Give an adapter a slot, unless it has one; False where all that have one are `in_use`."""
+    def watch(self, running: Collection[Wants]) -> None:
+        """The adapters of those who run, as a scheduler keeps them, are in use."""
+        self._running.append(running)
+
+    def seat(self, adapter: Adapter) -> bool:
+        """Give an adapter a slot, unless it has one; False where all that have one are in use."""
         if adapter.slot is None:
             if len(self._seated) < self.num_slots:
                 adapter.slot = len(self._seated)
             else:
+                in_use = {sequence.adapter for running in self._running for sequence in running}
                 idle = next((a for a in self._seated if a not in in_use), None)
                 if idle is None:
                     return False
@@ -149,10 +161,13 @@ class Adapters:
             self._seated.remove(adapter)
             self._seated.append(adapter)
 
-    def take_loads(self) -> list[Adapter]:
-        """Those whose numbers are to be put in their slots before the next step."""
-        loads, self._loads = self._loads, []
-        return [adapter for adapter in dict.fromkeys(loads) if adapter.slot is not None]
+    def loads(self) -> list[Adapter]:
+        """Those whose numbers are to be put in their slots before the next step, until they are `loaded`."""
+        return [adapter for adapter in dict.fromkeys(self._loads) if adapter.slot is not None]
+
+    def loaded(self) -> None:
+        """All of them have been."""
+        self._loads.clear()
 
     def _check_enabled(self) -> None:
         if not self.num_slots:

@@ -399,8 +399,9 @@ class Engine:
         """
         parts = [groups.split(plan) for groups, plan in zip(self._groups, plans, strict=True)]
         try:
-            for adapter in self.adapters.take_loads():
+            for adapter in self.adapters.loads():
                 self.runner.put_in_slot(adapter)
+            self.adapters.loaded()
             return [
                 None if all(plan.is_empty for plan in group) else self.runner.dispatch(group, of_before)
                 for *group, of_before in zip(*parts, before, strict=True)

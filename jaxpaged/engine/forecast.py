@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine.exports import as_if_on
 from jaxpaged.engine.memory_budget import fitting_model_len, pages_within, pool_budget
+from jaxpaged.engine.mesh_limits import check_adapters
 from jaxpaged.engine.pool_fit import PoolFit
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.cache import KVCache, cache_shapes, pool_dtype
@@ -91,8 +92,8 @@ class Forecaster:
         rules, axes = mesh_axes(*sizes, rules)
         self.placement = Placement(AbstractMesh(tuple(axes.values()), tuple(axes)), rules)
         self.spec = self.placement.fit(quantized_as(spec, config.quantization))
-        if config.enable_lora and self.placement.mesh.size > 1:
-            raise ConfigError("enable_lora does not work on a mesh of several devices yet; leave out one of them")
+        if config.enable_lora:
+            check_adapters(self.placement)
         self.stages = make_stages(len(spec.blocks), config.pipeline_parallel_size)
         self.cache_dtype = self.dtype if config.cache_dtype == "auto" else pool_dtype(config.cache_dtype)
 
@@ -208,11 +209,12 @@ class Forecaster:
         return max(map(self._weight_bytes, self.stages))
 
     def adapter_bytes(self) -> int:
-        """Bytes of the slots for adapters."""
+        """Bytes of the slots for adapters, on each device."""
         if not self.config.enable_lora:
             return 0
         shapes = stack_shapes(self.spec, self.config.max_loras, self.config.max_lora_rank)
-        count: int = sum(math.prod(leaf.shape) for pair in shapes.values() for leaf in pair)
+        leaves = [leaf for pair in shapes.values() for leaf in pair]
+        count = sum(math.prod(self.placement.sharding(*leaf.axes).shard_shape(leaf.shape)) for leaf in leaves)
         return count * int(self.dtype.itemsize)
 
     def pool_bytes(self, num_pages: int) -> int:

@@ -35,9 +35,17 @@ def check_mesh(placement: Placement, config: EngineConfig) -> None:
             if (count := placement.num_shards(logical)) > 1:
                 raise ConfigError(f"speculative_config does not work with {size} {count} yet; leave it out, or take 1")
     if config.enable_lora:
-        raise ConfigError("enable_lora does not work on a mesh of several devices yet; leave out one of them")
+        check_adapters(placement)
+        if num_processes > 1:
+            raise ConfigError(f"enable_lora does not work over {num_processes} processes yet; leave it out, or run one")
     if config.batch_invariant:
         _check_invariant(placement, num_processes)
+
+
+def check_adapters(placement: Placement) -> None:
+    """Raise ConfigError where a mesh does not serve adapters."""
+    if (count := placement.num_shards("layers")) > 1:
+        raise ConfigError(f"enable_lora does not work with pipeline_parallel_size {count} yet; leave it out, or take 1")
 
 
 def _check_processes(count: int, shards: int, stages: int) -> None:

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -52,14 +52,16 @@ from jaxpaged.model.cache import (
     page_bytes,
     pool_dtype,
 )
+from jaxpaged.model.head_layout import fitted_axes
 from jaxpaged.model.lora import Factors, stack_shapes
-from jaxpaged.model.params import Params, ParamSpec, check_params, flatten, is_quantized, quantize_params
+from jaxpaged.model.params import Params, ParamSpec, check_params, flatten, in_floats, is_quantized, quantize_params
 from jaxpaged.model.sampling import Logprobs
 from jaxpaged.model.sharding import Placement
 from jaxpaged.model.spec import Decoder
 
 log = logging.getLogger("jaxpaged")
 
+_axes_of = cache(fitted_axes)  # a linear's take a millisecond, and an adapter may have hundreds
 _NOTHING: Any = np.empty(0)
 _NO_LOGPROBS = Logprobs(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
 # On a GPU XLA makes products of one row in more pieces: 20 kernels a layer instead of 14. On a CPU it turns weights of
@@ -239,7 +241,7 @@ class Runner:
             rank = a.shape[1] // self._max_loras
             whole[path] = Factors(np.zeros((a.shape[0], rank), a.dtype), np.zeros((rank, b.shape[1]), b.dtype))
             if path in adapter.factors:
-                given_a, given_b = adapter.factors[path]
+                given_a, given_b = self._fitted(path, *adapter.factors[path])
                 whole[path].a[:, : given_a.shape[1]], whole[path].b[: given_b.shape[0]] = given_a, given_b
         slot = np.asarray([adapter.slot], np.int32)
         put: Any = self.functions.put_in_slot()  # type: ignore[union-attr]  # no stages: see mesh_limits
@@ -327,7 +329,9 @@ class Runner:
         for pages in stack_pieces(copies, batch.no_copies(self.num_pages)):
             self.cache = self.functions.copy_pages()(self.cache, *pages)
         fed = before.outputs.tokens if before else self._nothing_sampled
-        adapted = () if self.adapters is None else (self.adapters, batch.pack_adapters(plans[0], bucket))
+        adapted: tuple[Any, ...] = ()
+        if self.adapters is not None:
+            adapted = self.adapters, stack([batch.pack_adapters(plan, bucket) for plan in plans])
         forward = self.functions.forward(bucket)
         self.cache, (raw, hidden) = forward(self.params, self.cache, inputs, fed, *adapted)
         logits, processed = self.processors.apply(self._edited(raw, plans, bucket), rows)
@@ -459,6 +463,13 @@ class Runner:
             for path, factors in shapes.items()
         }
         return jax.block_until_ready(stack)
+
+    def _fitted(self, path: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A linear's factors for the heads that the devices compute."""
+        if self.placement is None or self.spec == self._asked:
+            return a, b
+        rows, columns = _axes_of(f"{path}.w", in_floats(self._asked), self.placement.num_shards("attention"))
+        return np.where(rows[:, None] < 0, 0, a[rows]), np.where(columns[None] < 0, 0, b[:, columns])
 
     def _sharding_of(self, leaf: ParamSpec) -> Any:
         return None if self.placement is None else self.placement.sharding(*leaf.axes)

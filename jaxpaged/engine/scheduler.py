@@ -124,6 +124,8 @@ class Scheduler:
         self.adapters = adapters
         self.waiting: list[Sequence] = []  # the next to be admitted first
         self.running: list[Sequence] = []  # the first to be served first, the last to be preempted last
+        if adapters is not None:
+            adapters.watch(self.running)
         self.num_arrivals = 0
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens looked up
@@ -293,7 +295,7 @@ class Scheduler:
         """Whether the adapter that a waiting sequence wants has a slot, or could be given one."""
         if self.adapters is None or sequence.adapter is None:
             return True
-        return self.adapters.seat(sequence.adapter, {running.adapter for running in self.running})
+        return self.adapters.seat(sequence.adapter)
 
     def _next(self) -> Sequence | None:
         """The first of the waiting sequences that have something to compute."""

@@ -136,8 +136,8 @@ class Shards:
 def make_shards(
     spec: Decoder, config: EngineConfig, runner: Runner, host: HostTier | None, adapters: Adapters | None = None
 ) -> Shards:
-    """As many shards as the runner computes, each with a pool of its own; `host` keeps what they give away. Those with
-    `adapters` are one.
+    """As many shards as the runner computes, each with a pool of its own; `host` keeps what they give away, and they
+    have the `adapters` in common.
     """
 
     speculative = config.speculation

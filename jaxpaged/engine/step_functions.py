@@ -180,7 +180,7 @@ class StepFunctions:
         step = partial(step, spec=self.spec, attention_backend=self.attention_backend, placement=self.placement)
         adapted = () if self.adapters is None else (self.adapters, _shape(bucket.num_tokens))
         step = step if self.adapters is None else self._on_adapters(step)
-        function = self._jit(step, (self._cache_shardings, given_out), donate=1, whole=(0,))
+        function = self._jit(step, (self._cache_shardings, given_out), donate=1, whole=(0, 4))
         tokens, rows, seqs = bucket.num_tokens, bucket.num_rows, bucket.num_seqs
         inputs = StepInputs(
             token_ids=_shape(tokens),
@@ -214,9 +214,11 @@ class StepFunctions:
             return Factors(a, jax.ShapeDtypeStruct((rank, b.shape[1]), b.dtype, sharding=b.sharding))
 
         adapter = {path: one(factors) for path, factors in stack.items()}
-        outputs = jax.tree.map(lambda leaf: leaf.sharding, stack)
-        function = self._jit(put_in_slot, outputs, donate=0)
-        return self._compile(("put_in_slot", 0), function, stack, _shape(1), adapter)
+        slot = jax.ShapeDtypeStruct((1,), np.int32, sharding=self.placement and self.placement.sharding())
+        function: Jitted = put_in_slot, {"donate_argnums": 0}
+        if self.placement is not None:  # data shards have one stack together
+            function[1]["out_shardings"] = jax.tree.map(lambda leaf: leaf.sharding, stack)
+        return self._compile(("put_in_slot", 0), function, stack, slot, adapter)
 
     def carried(self, bucket: Bucket) -> Any:
         """What one stage hands to the next, and where it lies there."""
