@@ -61,6 +61,10 @@ class FakeEngine:
     def grammar(self, params: SamplingParams) -> None:
         """There is none."""
 
+    def list_loras(self) -> list[Any]:
+        """No adapters."""
+        return []
+
     def add_request(self, request_id: str, prompt: list[int], params: SamplingParams, **options: Any) -> None:
         """It runs once there is a seat."""
         self.shards.waiting[request_id] = [prompt, params.n, params.max_tokens or 16]
