@@ -47,6 +47,7 @@ class FakeEngine:
         self.runner = SimpleNamespace(is_compiling=False)
         self.is_sleeping = False
         self.shards = Seats(max_num_seqs)
+        self.adapters: list[str] = []
         self._period, self._next = 1 / steps_per_s, 0.0
 
     @property
