@@ -46,6 +46,8 @@ INSTEAD = {
     "--disable-log-stats": "an idle server logs nothing; leave it out",
     "--swap-space": "pages are kept on the host with --host-cache-gb",
     "--load-format": "the format is told by the files; leave it out",
+    "--max-cpu-loras": "every adapter that is known stays in the host's memory; leave it out",
+    "--fully-sharded-loras": "factors are always cut as their weights are; leave it out",
     "--root-path": "it is served below any path; have the proxy take the path off",
 }
 """vLLM's flags that people bring along, and what to do without them."""
