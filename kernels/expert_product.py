@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxpaged.kernels.backend import Backend, choose
 from jaxpaged.kernels.forward_only import forward_only
+from jaxpaged.kernels.tiles import current_device
 
 _BLOCK_ROWS = {"reference": (8, 32), "triton": (16, 64)}
 """Rows of a block, where an expert has fewer than 16 rows on average and where it has more. On two CPU cores, of 64
@@ -53,6 +54,11 @@ def expert_product(
     if block_k is None:
         block_k = 64 if rows.dtype.itemsize <= 2 else 32  # what spills no register
     if backend == "triton":
+        device = current_device()
+        if weights.dtype == jnp.float8_e4m3fn and not interpret and device.capability < 8.9:
+            raise ValueError(
+                f"float8_e4m3fn weights need compute capability 8.9; {device.name} has {device.capability}: use int8"
+            )
         for name, size in (("block_k", block_k), ("block_f", block_f), ("rows of a block", rows.shape[1])):
             if size < 16 or size & (size - 1):
                 raise ValueError(f"{name}: {size}; it must be a power of two and at least 16")

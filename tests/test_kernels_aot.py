@@ -19,7 +19,7 @@ from jaxpaged.kernels import tiles
 from jaxpaged.kernels.expert_product import expert_product
 from jaxpaged.kernels.paged_attention import paged_attention, ragged_paged_attention
 from jaxpaged.model.cache import cache_shapes
-from jaxpaged.model.params import map_specs
+from jaxpaged.model.params import map_specs, quantized_as
 from jaxpaged.model.sampling import SamplingInputs, sample
 from jaxpaged.model.spec import Attention, Block, Decoder, Mlp, Moe, Norm, Rope
 from jaxpaged.model.step import StepInputs, forward
@@ -167,12 +167,12 @@ def test_large_pools_are_addressed_in_64_bits(pool, pages, tmp_path):
     assert wide == pages
 
 
-def llama_step(num_layers, num_decodes, num_chunk_tokens, pool, dim=4096, ffn=LLAMA_FFN):
+def llama_step(num_layers, num_decodes, num_chunk_tokens, pool, dim=4096, ffn=LLAMA_FFN, quantization=None):
     """A step of the real engine's function, at Llama 3 8B's shape where no other is given: the spec, its arguments."""
     struct, norm = jax.ShapeDtypeStruct, Norm("rms", 1e-5)
     block = Block(Attention(32, 8, 128, 128**-0.5, Rope(5e5, 128)), ffn, norm)
-    spec = Decoder(128256, dim, 8192, (block,) * num_layers, norm, dim, tied_head=False)
-    params = map_specs(lambda _, leaf: struct(leaf.shape, jnp.bfloat16), spec)
+    spec = quantized_as(Decoder(128256, dim, 8192, (block,) * num_layers, norm, dim, tied_head=False), quantization)
+    params = map_specs(lambda _, leaf: struct(leaf.shape, leaf.dtype or jnp.bfloat16), spec)
     cache = cache_shapes(spec, 4096, 16, pool)
     num_chunks = 4 if num_chunk_tokens else 0
     rows, tokens = num_decodes + num_chunks, num_decodes + num_chunk_tokens
@@ -214,6 +214,26 @@ def test_a_decode_step_is_one_cuda_graph_of_few_kernels(num_decodes, pool, kerne
 
 
 @pytest.mark.parametrize("num_decodes", [4, 64])
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_weights_of_8_bits_become_floats_inside_their_products(quantization, num_decodes, tmp_path):
+    """As many kernels as with floats, and no room for a matrix of them."""
+    (tmp_path / "floats").mkdir()
+    floats = step_program(2, num_decodes, 0, tmp_path / "floats")
+    (tmp_path / "quantised").mkdir()
+    quantised = step_program(2, num_decodes, 0, tmp_path / "quantised", quantization=quantization)
+    assert quantised.launches == floats.launches
+    assert quantised.temporary_bytes <= floats.temporary_bytes < 14336 * 4096
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_step_with_experts_of_8_bits_copies_none_of_their_weights(quantization, tmp_path):
+    moe = Moe(8, 2, 14336, "silu", renormalize=True)
+    program = step_program(2, 64, 0, tmp_path, dim=4096, ffn=moe, quantization=quantization)
+    assert program.launches["kCommandBuffer"] == 1
+    assert program.temporary_bytes < 40 * 2**20 < moe.dim * 4096 * moe.experts
+
+
+@pytest.mark.parametrize("num_decodes", [4, 64])
 @pytest.mark.parametrize(
     ("dim", "moe"),
     [(4096, Moe(8, 2, 14336, "silu", renormalize=True)), (2048, Moe(128, 8, 768, "silu", renormalize=True))],
@@ -240,6 +260,16 @@ def test_experts_products_spill_nothing_and_load_asynchronously(gpu, dtype, rows
     assert kernel.instructions["cp.async.cg"] > 0
     if dtype == "bfloat16":
         assert kernel.instructions["mma.sync"] + kernel.instructions["wgmma.mma_async"] > 0
+
+
+@pytest.mark.parametrize(("gpu", "weights"), [("H200", "int8"), ("A100", "int8"), ("H200", "float8_e4m3fn")])
+def test_experts_products_of_8_bits_spill_nothing(gpu, weights, tmp_path):
+    struct = jax.ShapeDtypeStruct
+    args = struct((40, 64, 2048), jnp.bfloat16), struct((128, 2048, 768), weights), struct((40,), INT), struct((), INT)
+    program = aot.compile_for(gpu, expert_product, *args, struct((128, 1, 768), jnp.float32), dump=tmp_path)
+    (kernel,) = program.kernels.values()
+    assert kernel.spilled_bytes == 0
+    assert kernel.instructions["mma.sync"] + kernel.instructions["wgmma.mma_async"] > 0
 
 
 def test_a_mixed_step_runs_both_kernels_and_copies_no_pool(tmp_path):

@@ -20,6 +20,7 @@ from jaxpaged.engine.exports import as_if_on
 from jaxpaged.engine.memory_budget import fitting_model_len, pages_within, pool_budget
 from jaxpaged.engine.mesh_limits import check_adapters
 from jaxpaged.engine.pool_fit import PoolFit
+from jaxpaged.engine.weights import check_readable
 from jaxpaged.errors import ConfigError
 from jaxpaged.model.cache import KVCache, cache_shapes, pool_dtype
 from jaxpaged.model.lora import stack_shapes
@@ -131,6 +132,7 @@ class Forecaster:
         own = replace(self.spec, blocks=self.spec.blocks[stage.begin : stage.end])
         each = self._pool_bytes(stage, 1)
         with as_if_on("cuda", gpu):
+            check_readable(own)
             fit = PoolFit(self.placement.on_one(own), self.dtype, self.cache_dtype, config)
             most = config.num_pages or pages_within(budget, config, self.spec, each)
             num_pages = fit.check(most) if config.num_pages else fit.most(most)

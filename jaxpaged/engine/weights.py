@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from jaxpaged.errors import ConfigError
+from jaxpaged.kernels.tiles import current_device
 from jaxpaged.model.params import Params, check_params, flatten
-from jaxpaged.model.spec import Decoder
+from jaxpaged.model.spec import Decoder, Moe
 
 _Kind = tuple[tuple[int, ...], np.dtype[Any]]
 
@@ -66,6 +67,18 @@ class Layout:
             if path in kinds and _kind(leaf)[1] != (dtype := self._kinds[kinds[path]][1]):
                 problems.append(f"{path} is {_kind(leaf)[1]}, needs {dtype}")
         return problems or [f"the tree is a {jax.tree.structure(params)}, needs a {self._structure}"]
+
+
+def check_readable(spec: Decoder) -> None:
+    """Raises ConfigError where kernels cannot read weights quantised so on this device, or on the one that is meant."""
+    device = current_device()
+    is_fp8 = spec.quantization is not None and spec.quantization.dtype == "fp8"
+    has_experts = any(isinstance(block.ffn, Moe) for block in spec.blocks)
+    if is_fp8 and has_experts and device.platform == "gpu" and device.capability < 8.9:
+        raise ConfigError(
+            "quantization is 'fp8', and products of experts read such weights from compute capability 8.9 on; "
+            f"{device.name} has {device.capability}: use int8"
+        )
 
 
 def check_alive(params: Any) -> None:

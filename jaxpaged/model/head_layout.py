@@ -81,13 +81,6 @@ def fit_share(fitted: Decoder, num_shards: int) -> Decoder:
     return replace(fitted, blocks=tuple(replace(b, mixer=share(b.mixer)) for b in fitted.blocks))
 
 
-def moved_rows(mixer: Mixer, num_shards: int) -> int | None:
-    """Rows of the output projection that each query head has, where the layout moves heads; None: it leaves them."""
-    if _layout(mixer, num_shards).q == tuple(range(mixer.heads)):
-        return None
-    return mixer.head_dim if isinstance(mixer, Attention) else mixer.v_dim
-
-
 def fit_leaf(array: Any, path: str, spec: Decoder, num_shards: int) -> Any:
     """The leaf at `path` of `spec`'s params as `fit_heads(spec, num_shards)` needs it, on host or device as it came."""
     if (found := _layout_of(path, spec, num_shards)) is None:
@@ -112,8 +105,6 @@ def fitted_axes(path: str, spec: Decoder, num_shards: int) -> tuple[np.ndarray, 
     for dim, logical in enumerate(leaf.axes):
         if logical in ("heads", "kv_heads"):
             count, order = (mixer.heads, layout.q) if logical == "heads" else (_kv_heads(mixer), layout.kv)
-            if order == tuple(range(count)):  # a scale's rows may be fewer than heads
-                continue
             size = leaf.shape[dim] // count
             within = np.arange(size)
             axes[dim] = np.concatenate([np.full(size, -1) if head is None else head * size + within for head in order])

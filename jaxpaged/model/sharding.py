@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpaged.errors import ConfigError
-from jaxpaged.model.head_layout import fit_heads, fit_leaf, fit_share, fitted_axes, moved_rows
+from jaxpaged.model.head_layout import fit_heads, fit_leaf, fit_share, fitted_axes
 from jaxpaged.model.params import Params, ParamSpec, ReadPart, flatten, map_specs, param_specs
 from jaxpaged.model.spec import Attention, Decoder
 from jaxpaged.model.stages import array_of, holders, make_stages
@@ -192,7 +192,8 @@ class Placement:
                     f"{a.heads} query and {a.kv_heads} kv heads, which have one norm together, cannot be shared "
                     f"equally by {self.num_shards('attention')} devices; take a number of devices that divides both"
                 )
-        self._check_groups(spec)
+        if spec.quantization is not None and spec.quantization.group_size and not self._is_one_device_of_a_plan:
+            raise ConfigError("int4 weights do not work on a mesh yet; use int8 or fp8, or leave the mesh out")
         for path, leaf in flatten(param_specs(fitted)):
             self.partition(*leaf.axes)
             for size, logical in zip(leaf.shape, leaf.axes, strict=True):
@@ -200,18 +201,9 @@ class Placement:
                     raise ConfigError(self._indivisible(path, logical, size))
         return fitted
 
-    def _check_groups(self, spec: Decoder) -> None:
-        """Raise ConfigError where heads that move would take parts of a quantised weight's groups of rows along."""
-        size = None if spec.quantization is None else spec.quantization.group_size
-        count = self.num_shards("attention")
-        for mixer in {block.mixer for block in spec.blocks}:
-            width = moved_rows(mixer, count)
-            if size is not None and width is not None and width % size:
-                raise ConfigError(
-                    f"{mixer.heads} heads are not shared equally by {count} devices, and groups of {size} rows hold "
-                    f"parts of several, of {width} rows each; take a number of devices that divides them, or int8 or "
-                    "fp8"
-                )
+    @property
+    def _is_one_device_of_a_plan(self) -> bool:
+        return isinstance(self.mesh, AbstractMesh) and self.mesh.size == 1
 
     def on_one(self, fitted: Decoder) -> Decoder:
         """The spec with no more than the heads that one device attends with, whose pages it holds."""
@@ -313,10 +305,9 @@ class Placement:
         axis = self.rules.by_axis[logical]
         below = next(n for n in range(count, 0, -1) if size % n == 0)
         above = next((n for n in range(count, size + 1) if size % n == 0), None)
-        of = " groups of rows" if path.endswith(".scale") else ""
         would_do = f"{below} or {above}" if above else f"{below}"
         return (
-            f"{logical} is {size:,}{of} ({path}), which the {count} devices of mesh axis {axis!r} cannot share "
+            f"{logical} is {size:,} ({path}), which the {count} devices of mesh axis {axis!r} cannot share "
             f"equally; take {would_do} devices, or keep it whole with ShardingRules({logical}=None)"
         )
 
