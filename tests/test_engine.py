@@ -390,6 +390,11 @@ def test_params_that_do_not_fit_name_every_leaf():
         LLM((SPEC, wrong), **ROOMY)
 
 
+def test_weights_may_be_numpys():
+    llm = make(jax.tree.map(np.asarray, PARAMS))
+    assert run(llm, PROMPTS[0], SamplingParams(temperature=0, max_tokens=4)).token_ids == greedy(PROMPTS[0], 4)
+
+
 def test_a_mixed_run_compiles_nothing_after_warm_up(llm):
     rng = np.random.default_rng(0)
     before = llm.engine.stats().num_compilations

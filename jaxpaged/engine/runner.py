@@ -42,7 +42,7 @@ from jaxpaged.engine.scheduler import Chunk, Plan
 from jaxpaged.engine.stacking import stack, stack_found, stack_pieces
 from jaxpaged.engine.staged_functions import StagedFunctions
 from jaxpaged.engine.step_functions import StepFunctions, as_shape
-from jaxpaged.engine.weights import Layout, check_alive, check_readable, shape_of
+from jaxpaged.engine.weights import Layout, check_alive, check_readable, on_device, shape_of
 from jaxpaged.errors import ConfigError
 from jaxpaged.kernels.tiles import current_device
 from jaxpaged.model.cache import (
@@ -123,7 +123,7 @@ class Runner:
         if (problems := check_params(spec, params)) and (self.spec == spec or check_params(self.spec, params)):
             raise ConfigError("params do not fit the spec: " + "; ".join(problems))
         check_readable(spec)
-        self.params = params if placement is None else placement.place(params, spec)
+        self.params = on_device(params) if placement is None else placement.place(params, spec)
         self._layout = Layout(self.params)
         spec = self.spec
         self.param_version = 0

@@ -81,6 +81,12 @@ def check_readable(spec: Decoder) -> None:
         )
 
 
+def on_device(params: Params) -> Params:
+    """The same arrays, and numpy's on the default device."""
+    leaves: Params = jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
+    return leaves
+
+
 def check_alive(params: Any) -> None:
     """Raises ConfigError where arrays among them have been deleted."""
     if any(_is_gone(leaf) for leaf in jax.tree.leaves(params)):
