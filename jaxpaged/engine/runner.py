@@ -402,7 +402,7 @@ class Runner:
         places = dict(flatten(self.params))
         for path, leaf in flatten(params):
             is_shared = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-            place = places.get(path) or places[f"{path}.values"]
+            place = places[path if path in places else f"{path}.values"]
             if is_shared and leaf.sharding.device_set != place.sharding.device_set:
                 raise ConfigError(
                     f"{path} lies on other devices than its pipeline stage, and does not move between processes yet; "
