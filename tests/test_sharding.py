@@ -248,7 +248,7 @@ def test_a_mesh_refuses_what_does_not_go_with_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long), 8])
 def test_smollm2_answers_the_same_from_2_4_and_8_devices(size):
     prompts = ["The capital of France is", "Once upon a time", "def fibonacci(n):"]
     greedy = SamplingParams(temperature=0, max_tokens=16)
