@@ -26,6 +26,7 @@ from jaxpaged.convert.load import leaves, load, readers, recipe_for
 from jaxpaged.convert.rules import hf_shapes
 from jaxpaged.engine.exports import as_if_on
 from jaxpaged.engine.forecast import Forecaster
+from jaxpaged.engine.weights import check_readable
 from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.functional import init_adapter, score
 from jaxpaged.model.params import dummy_params, flatten, in_floats, quantize_params, quantized_as
@@ -354,7 +355,7 @@ def test_what_cannot_be_quantised_is_refused_in_one_line() -> None:
 
 def test_experts_of_fp8_are_refused_for_gpus_that_cannot_read_them(capsys: pytest.CaptureFixture[str]) -> None:
     with as_if_on("cuda", "NVIDIA A100"), pytest.raises(ConfigError, match=r"8\.9 on; NVIDIA A100 has 8\.0: use int8$"):
-        LLM((spec_of("mixtral"), weights_of("mixtral")), quantization="fp8", **ENGINE)
+        check_readable(quantized_as(spec_of("mixtral"), "fp8"))
     assert main(["plan", "mixtral-8x7b", "--devices", "1", "--gpu", "NVIDIA A100", "-q", "fp8"]) == 1
     assert "NVIDIA A100 has 8.0: use int8" in capsys.readouterr().out
 
