@@ -111,7 +111,10 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("settings", CUTS.values(), ids=CUTS.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(cut, id=name, marks=[pytest.mark.slow] * ("preempted" in name)) for name, cut in CUTS.items()],
+)
 def test_a_request_gives_the_same_tokens_however_it_is_run(settings, seeded):
     other = make(**settings)
     assert run(other, PROMPTS, SEEDED) == seeded
@@ -165,7 +168,7 @@ def test_logprobs_are_the_same_bits_in_any_company_where_that_is_asked_for():
 
 
 MESHES = [
-    {"tensor_parallel_size": 4},  # which 6 heads do not divide equally
+    pytest.param({"tensor_parallel_size": 4}, marks=pytest.mark.slow),  # which 6 heads do not divide equally
     *(
         pytest.param({"tensor_parallel_size": 2, name: 2}, marks=pytest.mark.slow)
         for name in ("data_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size")

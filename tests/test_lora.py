@@ -95,16 +95,16 @@ def expected(by_merging):
 CUTS = {
     "three adapters and none": {},
     "alone": {"max_num_seqs": 1},
-    "chunked": {"max_num_batched_tokens": 7},
-    "preempted": {"num_pages": 20, "max_model_len": 60},
     "one slot, for which they wait": {"max_loras": 1},
-    "cut over two devices": {"tensor_parallel_size": 2},
-    "two data shards of two devices, two slots": {"data_parallel_size": 2, "tensor_parallel_size": 2, "max_loras": 2},
-    "drafts": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
 }
 
 
 SLOW = {
+    "chunked": {"max_num_batched_tokens": 7},
+    "preempted": {"num_pages": 20, "max_model_len": 60},
+    "cut over two devices": {"tensor_parallel_size": 2},
+    "two data shards of two devices, two slots": {"data_parallel_size": 2, "tensor_parallel_size": 2, "max_loras": 2},
+    "drafts": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
     "prompts split": {"prefill_context_parallel_size": 2},
     "heads that do not divide": {"tensor_parallel_size": 3, "sharding_rules": ShardingRules(vocab=None)},
 }
@@ -129,6 +129,7 @@ def test_an_adapter_changes_what_is_said(llm):
     assert len({tuple(answer) for (answer,) in ask(llm, NAMES, prompts=PROMPTS[:1] * 4)}) == 4
 
 
+@pytest.mark.slow
 def test_drafts_of_a_request_with_an_adapter_come_true(expected):
     known = Known([prompt + answer for prompt, (answer,) in zip(PROMPTS, expected, strict=True)])
     llm = serving(speculative_config={"method": known, "num_speculative_tokens": 6})
@@ -195,6 +196,7 @@ def test_nothing_compiles_when_adapters_are_changed_and_mixed(llm, expected):
     llm.remove_lora("e")
 
 
+@pytest.mark.slow
 def test_an_engine_compiles_one_function_more_with_adapters_than_without():
     without, with_them = (
         make(enable_lora=enabled, warmup=True, max_num_seqs=2).engine.stats().num_compilations
@@ -236,6 +238,7 @@ def test_the_adapter_used_longest_ago_gives_up_its_slot():
     assert {a.request.lora_name: a.slot for a in llm.engine.adapters._known.values()} == {"a": 0, "b": None, "c": 1}
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_is_the_engines(llm):
     tokens = jnp.asarray([PROMPTS[1], PROMPTS[1][::-1]])
 

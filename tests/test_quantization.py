@@ -144,8 +144,8 @@ def want(name: str, dtype: Any) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("name", "dtype", "way"),
     [
-        *(("llama", "int8", way) for way in ("alone", "batched", "chunked", "preempted")),
-        *(slow("llama", "int8", way) for way in ("with drafts", "batch invariant")),
+        *(("llama", "int8", way) for way in ("alone", "chunked")),
+        *(slow("llama", "int8", way) for way in ("batched", "preempted", "with drafts", "batch invariant")),
         *(slow("qwen3", "int4", way) for way in ("chunked", "preempted")),
         slow("gemma2", "fp8", "batched"),
         slow("mixtral", "int8", "chunked"),
@@ -185,6 +185,7 @@ def test_new_weights_that_do_not_fit_change_nothing_and_are_told_in_floats() -> 
     assert llm.engine.params is held
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_rounded_weights_and_floats_can_be_trained_through_them() -> None:
     spec = quantized_as(spec_of("llama"), "int8")
     params = quantize_params(weights_of("llama"), spec)
@@ -206,6 +207,7 @@ def test_scores_are_those_of_the_rounded_weights_and_floats_can_be_trained_throu
         jax.grad(lambda p: scored(p, tokens, lengths).sum())(params)
 
 
+@pytest.mark.slow
 def test_adapters_stand_beside_quantised_weights() -> None:
     spec, settings = spec_of("llama"), {"enable_lora": True, "max_loras": 1, "max_lora_rank": 4, **ENGINE}
     adapter = {
@@ -261,8 +263,7 @@ MESHES: dict[str, dict[str, int]] = {
 @pytest.mark.parametrize(
     ("name", "dtype", "mesh"),
     [
-        ("llama", "int8", "tensor 8"),
-        *(slow("llama", "int8", mesh) for mesh in MESHES if mesh != "tensor 8"),
+        *(slow("llama", "int8", mesh) for mesh in MESHES),
         slow("gemma2", "fp8", "tensor 8"),
         slow("deepseek", "int8", "tensor 2"),
         *(slow("mixtral", "int8", mesh) for mesh in ("tensor 2", "tensor 8", "tensor 2, data 2")),
@@ -301,7 +302,7 @@ def test_a_step_holds_no_second_copy_of_the_weights(dtype: Any) -> None:
     assert memory.argument_size_in_bytes < floats / 2
 
 
-@pytest.mark.parametrize("dtype", STEPS)
+@pytest.mark.parametrize("dtype", ["int8", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("fp8", "int4"))])
 def test_a_native_folder_holds_quantised_weights_and_loads_as_they_are(tmp_path: Any, dtype: Any) -> None:
     source = checkpoint(tmp_path / "hf", "llama")
     done = convert(str(source), tmp_path / "native", quantization=dtype)
