@@ -75,6 +75,10 @@ class Adapters:
         """Those that are known, as `add` and `update` were told."""
         return [adapter.request for adapter in list(self._known.values())]  # any thread may ask
 
+    def free_number(self) -> int:
+        """A lora_int_id that none of them has."""
+        return max((request.lora_int_id for request in self.requests()), default=0) + 1
+
     def find(self, wanted: LoRARequest | str | None) -> Adapter | None:
         """The adapter that a request wants; one that is not known is read now. None where it wants none.
 
@@ -120,8 +124,7 @@ class Adapters:
         self._check_enabled()
         checked = self._checked(name, factors, scale)
         if name not in self._known:
-            number = max((r.lora_int_id for r in self.requests()), default=0) + 1
-            self._known[name] = Adapter(LoRARequest(name, number), checked, next(_VERSIONS))
+            self._known[name] = Adapter(LoRARequest(name, self.free_number()), checked, next(_VERSIONS))
             return self._known[name]
         adapter = self._known[name]
         adapter.factors, adapter.version = checked, next(_VERSIONS)

@@ -227,7 +227,7 @@ class AsyncEngine:
         """Read an adapter's folder, for requests to name it: `Engine.add_lora`."""
 
         def add(engine: Engine) -> None:
-            number = max((module.lora_int_id for module in engine.list_loras()), default=0) + 1
+            number = engine.adapters.free_number()
             if not engine.add_lora(LoRARequest(name, number, path)):
                 raise RequestError(f"there is an adapter {name!r} already; unload it first, or choose another name")
 
